@@ -1,0 +1,119 @@
+"""Nested arguments: find, replace and name the tensors inside tuples, lists, dicts, dataclasses and slices."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+__all__ = ["Identity", "Leaf", "Slot", "bind", "fill", "flatten", "freeze", "is_dataclass_value", "map_leaves"]
+
+
+class Leaf:
+    """Base of the stand-ins for tensors; never looked into."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot(Leaf):
+    """Place number ``index`` of a tensor taken out of a tree by :func:`flatten`."""
+
+    index: int
+
+
+class Identity:
+    """An unhashable object as a key: equal to itself alone, and kept alive so that its identity is not used again."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Identity) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def is_dataclass_value(value: Any) -> bool:
+    """Tell an instance of a dataclass (diffusers' outputs among them) from everything else."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, (type, Leaf))
+
+
+def map_leaves(tree: Any, visit: Callable[[str, Any], Any], path: str = "") -> Any:
+    """Rebuild ``tree`` with ``visit(dotted path, leaf)`` in place of each leaf; containers keep their types."""
+
+    def below(key: Any, value: Any) -> Any:
+        return map_leaves(value, visit, f"{path}.{key}" if path else str(key))
+
+    if isinstance(tree, torch.Tensor):
+        return visit(path, tree)
+    if isinstance(tree, tuple):
+        items = [below(i, v) for i, v in enumerate(tree)]
+        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+    if isinstance(tree, list):
+        return [below(i, v) for i, v in enumerate(tree)]
+    if is_dataclass_value(tree):
+        names = [field.name for field in dataclasses.fields(tree) if field.init]
+        return type(tree)(**{name: below(name, getattr(tree, name)) for name in names})
+    if isinstance(tree, Mapping):
+        items_of = {key: below(key, value) for key, value in tree.items()}
+        return items_of if type(tree) is dict else type(tree)(items_of)  # type: ignore[call-arg]
+    if isinstance(tree, slice):
+        return slice(below("start", tree.start), below("stop", tree.stop), below("step", tree.step))
+    return visit(path, tree)
+
+
+def flatten(tree: Any) -> tuple[list[str], list[torch.Tensor], Any]:
+    """Take the tensors out of ``tree``.
+
+    Returns:
+        The dotted paths of the tensors, the tensors, and the tree with a :class:`Slot` in place of each.
+
+    Example:
+        >>> paths, tensors, template = flatten({"x": torch.ones(2), "pair": (torch.zeros(1), 3)})
+        >>> paths, template
+        (['x', 'pair.0'], {'x': Slot(index=0), 'pair': (Slot(index=1), 3)})
+    """
+    paths: list[str] = []
+    tensors: list[torch.Tensor] = []
+
+    def visit(path: str, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        paths.append(path)
+        tensors.append(leaf)
+        return Slot(len(tensors) - 1)
+
+    template = map_leaves(tree, visit)
+    return paths, tensors, template
+
+
+def fill(template: Any, values: Any) -> Any:
+    """Put ``values`` back into the slots of a template made by :func:`flatten`."""
+    return map_leaves(template, lambda _, leaf: values[leaf.index] if isinstance(leaf, Slot) else leaf)
+
+
+def freeze(template: Any) -> Any:
+    """Return a hashable twin of a template; opaque unhashable leaves count by identity."""
+    if isinstance(template, (tuple, list)):
+        return (type(template).__name__, *map(freeze, template))
+    if is_dataclass_value(template):
+        return (type(template), *(freeze(getattr(template, f.name)) for f in dataclasses.fields(template) if f.init))
+    if isinstance(template, Mapping):
+        return (type(template).__name__, *((key, freeze(value)) for key, value in template.items()))
+    if isinstance(template, slice):
+        return ("slice", freeze(template.start), freeze(template.stop), freeze(template.step))
+    try:
+        hash(template)
+    except TypeError:
+        return Identity(template)
+    return (type(template), template)  # the type keeps 1, 1.0 and True apart
+
+
+def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+    """Bind a call to ``signature`` with defaults filled in, so that equal calls look equal."""
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound

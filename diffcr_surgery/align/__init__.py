@@ -1,0 +1,247 @@
+"""Stage 3, align: which axis of which argument moves with the tokens; found by search, settled by proof.
+
+The smallest set of arguments is wanted that has to be permuted along with the stream. An argument that is permuted without need is a
+fault too: text keys of the same length as the image pass any permutation test, and gathering them would throw words away. The search
+therefore begins with the stream alone, and drops from any larger set what can be dropped.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from diffcr_surgery.align.proof import Subject, needs_samples, tolerance
+from diffcr_surgery.axes import TOKEN_WORDS, parse_axes
+from diffcr_surgery.detect import named_leaves
+from diffcr_surgery.trace.recording import BlockSample
+
+__all__ = ["Alignment", "align_block", "check_declared"]
+
+MAX_TRIALS = 200
+_NAMES = "cdefghijkl"
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What the proof found for one kind of block call.
+
+    Attributes:
+        routable: Whether the block treats its tokens as a set.
+        reason: Why not; or the measured error of the proof.
+        stream: Path of the stream argument, by the names of the block's forward.
+        output: Path of the output that continues it (``""`` for a lone one).
+        axes: Argument path -> axis pattern, for every argument that moves, and ``"b"`` for what is batched besides.
+        tokens: n in the arguments the proof was run on.
+        error: Largest error of the proof relative to the output's spread.
+        trials: Number of block calls the search took.
+    """
+
+    routable: bool
+    reason: str
+    stream: str = ""
+    output: str = ""
+    axes: dict[str, str] = field(default_factory=dict)
+    tokens: int = 0
+    error: float = float("inf")
+    trials: int = 0
+
+    @property
+    def aligned(self) -> dict[str, str]:
+        """Argument path -> axis pattern of the arguments that move with the tokens."""
+        return {path: pattern for path, pattern in self.axes.items() if parse_axes(pattern).tokens}
+
+
+def align_block(sample: BlockSample, streams: Iterable[str], hint: dict[str, str] | None = None, *, search: bool = True) -> Alignment:
+    """Find what moves with the tokens of a block, and prove it.
+
+    Args:
+        sample: The block and arguments it was really called with.
+        streams: Paths of the arguments that may be the routed stream, likeliest first.
+        hint: Argument path -> axis pattern, tried first: a declared pattern or what was proven before.
+        search: Whether to search when there is no hint or it fails.
+
+    Returns:
+        The alignment; ``routable`` is false, with the reason, where no assignment passes.
+    """
+    leaves = named_leaves(sample.module, sample.args, sample.kwargs, Tensor)
+    named = {name: raw for name, (raw, _) in leaves.items()}
+    candidates = [path for path in streams if path in named]
+    if not candidates:
+        return Alignment(False, "no argument carries the denoising stream (a text refiner or context encoder)")
+    try:
+        subject = Subject.prepare(sample.module, sample.args, sample.kwargs)
+    except RuntimeError as error:
+        return Alignment(False, str(error))
+    trial = _Trial(subject, named)
+    for stream in candidates:
+        found = trial.settle(stream, hint, search)
+        if found is not None:
+            return found
+    return Alignment(False, trial.verdict(), error=trial.best, trials=trial.count)
+
+
+class _Trial:
+    """The search over one block's arguments."""
+
+    def __init__(self, subject: Subject, named: dict[str, str]) -> None:
+        self.subject = subject
+        self.raw = named
+        self.named = {raw: name for name, raw in named.items()}
+        self.count = 1
+        self.best = float("inf")
+        self.complaint = ""
+
+    def verdict(self) -> str:
+        if self.best == float("inf"):
+            return f"no set of arguments moves with its tokens ({self.complaint or 'no output has the shape of its stream'})"
+        return (
+            f"its tokens are no set: permuting them changes the output by {self.best:.1e} of its spread (tolerance "
+            f"{self._tolerance():.0e}); a convolution, a window, or positions counted inside the block"
+        )
+
+    def _tolerance(self) -> float:
+        return max(tolerance(t.dtype) for t in self.subject.baseline if t.is_floating_point())
+
+    def settle(self, stream: str, hint: dict[str, str] | None, search: bool) -> Alignment | None:
+        index = self.subject.paths.index(self.raw[stream])
+        tensor = self.subject.tensors[index]
+        outputs = [i for i, t in enumerate(self.subject.baseline) if t.shape == tensor.shape]
+        for output, pattern in itertools.product(outputs, _stream_patterns(tensor)):
+            axis = parse_axes(pattern).tokens[0]
+            tokens = tensor.shape[axis]
+            if axis == 0 and tensor.ndim == 3 and not self.subject.mixes(index, output, axis):
+                continue  # any block is equivariant along its batch; tokens are what it mixes
+            if tokens < 2:
+                self.complaint = "the example holds a single token; a proof takes at least two"
+                continue
+            for assignment in self._assignments(index, pattern, tokens, hint, search):
+                error = self._error(assignment, index, output, tokens, pattern)
+                if error <= self._tolerance():
+                    needless = [] if search else self._needless(assignment, index, output, tokens, pattern)
+                    if needless:
+                        self.complaint = f"{needless} need not move with the tokens, so gathering them would throw content away"
+                        self.best = float("inf")
+                        continue
+                    axes = {self.named[raw]: axes for raw, axes in assignment.items()}
+                    reason = f"proven, error {error:.0e}"
+                    return Alignment(True, reason, stream, self.subject.outputs[output], axes, tokens, error, self.count)
+        return None
+
+    def _error(self, patterns: dict[str, str], stream: int, output: int, tokens: int, pattern: str) -> float:
+        """Return the error of equivariance, infinite if the block does not run on permuted or on fewer tokens."""
+        self.count += 1
+        try:
+            error = self.subject.error(patterns, stream, output, tokens, pattern)
+            self.best = min(self.best, error)
+            if error > self._tolerance():
+                return error
+            self.count += 1
+            return error if self._runs_on_fewer(patterns, stream, output, tokens, pattern) else float("inf")
+        except Exception as failure:  # a wrong assignment may break the block in any way
+            self.complaint = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
+            return float("inf")
+
+    def _needless(self, patterns: dict[str, str], stream: int, output: int, tokens: int, pattern: str) -> list[str]:
+        """Return the arguments without which a declared set passes too: text keys, say, which any permutation leaves alone."""
+        own = self.subject.paths[stream]
+        batch = parse_axes(pattern).batch
+        samples = None if batch is None else self.subject.tensors[stream].shape[batch]
+        moved = {path: axes for path, axes in patterns.items() if parse_axes(axes).tokens}
+        found = []
+        for path in moved.keys() - {own}:
+            fewer = self._complete({other: axes for other, axes in moved.items() if other != path}, samples, batch)
+            if self._error(fewer, stream, output, tokens, pattern) <= self._tolerance():
+                found.append(self.named[path])
+        return sorted(found)
+
+    def _runs_on_fewer(self, patterns: dict[str, str], stream: int, output: int, tokens: int, pattern: str) -> bool:
+        keep = max(1, tokens // 2)
+        axes = parse_axes(pattern)
+        shape = list(self.subject.tensors[stream].shape)
+        samples = 1 if axes.batch is None else shape[axes.batch]
+        kept = torch.arange(tokens - keep, tokens, device=self.subject.tensors[stream].device).expand(samples, -1)
+        results = self.subject.run(patterns, kept, tokens, pattern)
+        shape[axes.tokens[0]] = keep
+        others = [i for i in range(len(results)) if i != output]
+        if list(results[output].shape) == shape and all(results[i].shape == self.subject.baseline[i].shape for i in others):
+            return True
+        self.complaint = f"on {keep} of {tokens} tokens its output has shape {tuple(results[output].shape)}"
+        return False
+
+    def _assignments(self, stream: int, pattern: str, tokens: int, hint: dict[str, str] | None, search: bool) -> Iterator[dict[str, str]]:
+        """Yield argument sets to try, the smallest first; similar tensors of one container move together, then apart."""
+        own = self.subject.paths[stream]
+        batch = parse_axes(pattern).batch
+        samples = None if batch is None else self.subject.tensors[stream].shape[batch]
+        if hint is not None:
+            moved = {self.raw[name]: axes for name, axes in hint.items() if name in self.raw and parse_axes(axes).tokens}
+            if own in moved:
+                yield self._complete(moved, samples, batch)
+        if not search:
+            return
+        options = {
+            path: _options(t, tokens, samples, batch, self._prefixes(tokens))
+            for path, t in zip(self.subject.paths, self.subject.tensors, strict=True)
+            if path != own
+        }
+        shapes = dict(zip(self.subject.paths, (t.shape for t in self.subject.tensors), strict=True))
+        together: dict[tuple[str, torch.Size], list[str]] = {}
+        for path in (path for path, found in options.items() if found):
+            together.setdefault((path.rpartition(".")[0] if path.count(".") > 1 else path, shapes[path]), []).append(path)
+        groups = [paths for paths in together.values()]
+        apart = [[path] for path in options if options[path]]
+        rounds = [groups] if len(groups) == len(apart) else [groups, apart]
+        plain = itertools.chain.from_iterable(_combinations(r, options) for r in rounds)
+        for moved in itertools.islice(plain, MAX_TRIALS):
+            yield self._complete({own: pattern} | moved, samples, batch)
+
+    def _prefixes(self, tokens: int) -> set[int]:
+        """Return the lengths a prefix or suffix may have: the sizes seen anywhere in the arguments."""
+        return {size for t in self.subject.tensors for size in t.shape}
+
+    def _complete(self, moved: dict[str, str], samples: int | None, batch: int | None) -> dict[str, str]:
+        """Mark the batched arguments too where the block has to be run sample by sample."""
+        if samples is None or not needs_samples(moved, samples):
+            return moved
+        rest = {
+            path: _words(t.shape, {}, samples, batch)
+            for path, t in zip(self.subject.paths, self.subject.tensors, strict=True)
+            if path not in moved
+        }
+        return moved | {path: words for path, words in rest.items() if "b" in words.split()}
+
+
+def _combinations(groups: list[list[str]], options: dict[str, list[str]]) -> Iterator[dict[str, str]]:
+    for size in range(len(groups) + 1):
+        for chosen in itertools.combinations(groups, size):
+            for patterns in itertools.product(*(options[group[0]] for group in chosen)):
+                yield {path: axes for group, axes in zip(chosen, patterns, strict=True) for path in group}
+
+
+def _stream_patterns(stream: Tensor) -> list[str]:
+    return {2: ["n c"], 3: ["b n c", "n b c"]}.get(stream.ndim, [])
+
+
+def _words(shape: torch.Size, tokens: dict[int, str], samples: int | None, batch: int | None) -> str:
+    """Spell out a pattern: given token axes, then the batch axis (where the stream has its own, or first), then plain names."""
+    order = [axis for axis in (batch, 0) if axis is not None and axis < len(shape) and axis not in tokens]
+    at = next((axis for axis in order if shape[axis] == samples), None)
+    names = iter(_NAMES)
+    return " ".join(tokens.get(i) or ("b" if i == at else "1" if shape[i] == 1 else next(names)) for i in range(len(shape)))
+
+
+def _options(t: Tensor, tokens: int, samples: int | None, batch: int | None, prefixes: set[int]) -> list[str]:
+    """Return the patterns under which ``t`` could be indexed by token, the plain ones first."""
+    found: list[str] = []
+    for word in TOKEN_WORDS:
+        axes = [i for i, size in enumerate(t.shape) if (size == tokens if word == "n" else size > tokens and size - tokens in prefixes)]
+        for count in (1, 2):
+            for chosen in itertools.combinations(axes, count):
+                if len({t.shape[i] for i in chosen}) == 1:
+                    found.append(_words(t.shape, dict.fromkeys(chosen, word), samples, batch))
+    # A leading 1 is stretched over the batch; a block that cannot take that may still run sample by sample.
+    return found + [pattern.replace("1", "z", 1) for pattern in found if pattern.startswith("1 ") and samples != 1]

@@ -1,0 +1,166 @@
+"""The permutation proof: a block is routable when permuting its tokens permutes its output and nothing else.
+
+The proof runs a copy of the block whose weights are shaken, so that zero-initialised gates hide nothing, on arguments the block
+was really called with, shaken too, so that a mask of ones or a table of zeros hides nothing. The user's weights are never touched.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffcr_surgery._tree import fill, flatten
+from diffcr_surgery.axes import parse_axes
+from diffcr_surgery.tokens import gather_tokens, per_sample
+from diffcr_surgery.trace.perturb import generator
+
+__all__ = ["Subject", "tolerance"]
+
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Return the largest error, relative to the spread of the output, that summation order explains at ``dtype``."""
+    return _TOLERANCE.get(dtype, 1e-1)
+
+
+@dataclass
+class Subject:
+    """A shaken block with shaken arguments, on trial.
+
+    Attributes:
+        block: Callable copy of the block.
+        tensors: Its tensor arguments.
+        template: ``(args, kwargs)`` with slots.
+        paths: Path of each tensor within ``(args, kwargs)``.
+        baseline: Output tensors on these arguments.
+        outputs: Path of each output tensor (``""`` for a lone one).
+    """
+
+    block: Callable[..., Any]
+    tensors: list[Tensor]
+    template: Any
+    paths: list[str]
+    baseline: list[Tensor]
+    outputs: list[str]
+
+    @classmethod
+    def prepare(cls, block: nn.Module, args: Any, kwargs: Any) -> Subject:
+        """Copy and shake ``block`` and its arguments; single precision where the block can, else its own."""
+        paths, tensors, template = flatten((args, kwargs))
+        failure: Exception | None = None
+        for upcast, shake in ((True, True), (False, True), (True, False), (False, False)):
+            twin = _shaken_copy(block, upcast)
+            trial = [_shaken(t, generator(i + 1), upcast) if shake else _raised(t, upcast) for i, t in enumerate(tensors)]
+            try:
+                outputs, baseline = _call(twin, template, trial)
+            except Exception as error:  # whatever a block raises at values or dtypes it cannot take, the next form is milder
+                failure = error
+                continue
+            if all(bool(t.isfinite().all()) for t in baseline if t.is_floating_point()):
+                return cls(twin, trial, template, paths, baseline, outputs)
+        raise RuntimeError(f"it cannot be run on its own: {failure or 'its output is not finite'}")
+
+    def error(self, patterns: dict[str, str], stream: int, output: int, tokens: int, pattern_out: str) -> float:
+        """Return the largest relative error of equivariance under a random permutation per sample.
+
+        Args:
+            patterns: Path -> axis pattern of the arguments that move with the tokens (and ``"b"`` for batched ones).
+            stream: Index of the stream among the tensors.
+            output: Index of the output that has to be permuted; all others have to stay.
+            tokens: n.
+            pattern_out: Axis pattern of that output.
+        """
+        source = generator(0)
+        samples = self._samples(patterns, stream)
+        order = torch.stack([torch.randperm(tokens, generator=source) for _ in range(samples)]).to(self.tensors[stream].device)
+        moved = self.run(patterns, order, tokens, pattern_out)
+        wanted = [gather_tokens(t, order, pattern_out, tokens) if i == output else t for i, t in enumerate(self.baseline)]
+        if [t.shape for t in moved] != [t.shape for t in wanted]:
+            return float("inf")
+        return max(_gap(a, b) for a, b in zip(moved, wanted, strict=True))
+
+    def mixes(self, stream: int, output: int, axis: int) -> bool:
+        """Tell whether changing the first entry of the stream along ``axis`` changes the output of the others."""
+        tensors = list(self.tensors)
+        tensors[stream] = tensors[stream].clone()
+        tensors[stream].narrow(axis, 0, 1).add_(1.0)
+        changed = _call(self.block, self.template, tensors)[1][output]
+        others = self.baseline[output].shape[axis] - 1
+        return _gap(changed.narrow(axis, 1, others), self.baseline[output].narrow(axis, 1, others)) > tolerance(changed.dtype)
+
+    def _samples(self, patterns: dict[str, str], stream: int) -> int:
+        batch = parse_axes(patterns[self.paths[stream]]).batch
+        return 1 if batch is None else self.tensors[stream].shape[batch]
+
+    @torch.no_grad()
+    def run(self, patterns: dict[str, str], kept: Tensor, tokens: int, stream: str) -> list[Tensor]:
+        """Call the block on the chosen tokens, with everything that moves gathered alike; ``stream`` is the stream's axis pattern."""
+        if needs_samples(patterns, kept.shape[0]):
+            args, kwargs = fill(self.template, self.tensors)
+            return flatten(per_sample(self.block, args, kwargs, patterns, kept, tokens, parse_axes(stream).batch or 0))[1]
+        gathered = [
+            gather_tokens(t, kept, patterns[path], tokens) if parse_axes(patterns.get(path, "-")).tokens else t
+            for path, t in zip(self.paths, self.tensors, strict=True)
+        ]
+        return _call(self.block, self.template, gathered)[1]
+
+
+def needs_samples(patterns: dict[str, str], samples: int) -> bool:
+    """Tell whether a block has to run sample by sample: a token-indexed argument is shared by several samples."""
+    return samples > 1 and any(parse_axes(p).tokens and parse_axes(p).batch is None for p in patterns.values())
+
+
+@torch.no_grad()
+def _call(block: Callable[..., Any], template: Any, tensors: list[Tensor]) -> tuple[list[str], list[Tensor]]:
+    # Clones, since a block may work in place on what it is given.
+    args, kwargs = fill(template, [t.clone() for t in tensors])
+    paths, outputs, _ = flatten(block(*args, **kwargs))
+    return paths, outputs
+
+
+def _gap(one: Tensor, other: Tensor) -> float:
+    if not one.is_floating_point():
+        return 0.0 if torch.equal(one, other) else float("inf")
+    spread = float(other.double().std()) if other.numel() > 1 else 0.0
+    gap = float((one.double() - other.double()).abs().max()) if one.numel() else 0.0
+    return gap / max(spread, 1e-6)
+
+
+def _raised(t: Tensor, upcast: bool) -> Tensor:
+    return t.float() if upcast and t.dtype in (torch.float16, torch.bfloat16) else t
+
+
+def _shaken(t: Tensor, source: torch.Generator, upcast: bool) -> Tensor:
+    """Return other values of the kind of ``t``, all entries distinct where the dtype allows."""
+    t = _raised(t, upcast)
+    if t.dtype == torch.bool:
+        flips = torch.rand(t.shape, generator=source).to(t.device) < 0.25
+        return t ^ flips
+    if not (t.is_floating_point() or t.is_complex()):
+        return t
+    noise = torch.randn(t.shape, generator=source).to(t.device).to(t.dtype)
+    finite = t[t.isfinite()]
+    spread = finite.abs().std() if finite.numel() > 1 else finite.new_zeros(())
+    return t + 0.5 * noise * torch.where(spread > 1e-6, spread, torch.ones_like(spread)).to(noise.dtype)
+
+
+def _shaken_copy(block: nn.Module, upcast: bool) -> nn.Module:
+    twin = copy.deepcopy(block).eval()
+    low = any(p.dtype in (torch.float16, torch.bfloat16) for p in twin.parameters())
+    if upcast and low:
+        twin = twin.float()
+    pool = torch.randn(65_537, generator=generator(0))  # drawing millions of numbers would cost as much as running the block
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.requires_grad_(False)
+            if p.is_floating_point():
+                fan_in = p.shape[-1] if p.ndim > 1 else 25
+                noise = pool.repeat(-(-p.numel() // len(pool)))[: p.numel()].reshape(p.shape).to(p.device, p.dtype)
+                p.add_(noise, alpha=fan_in**-0.5)
+    return twin

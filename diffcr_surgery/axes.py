@@ -1,0 +1,85 @@
+"""Axis notation: which axis of a tensor is the batch, which the routed tokens.
+
+One word an axis, in the manner of einops:
+
+====== =================================================================
+``b``   the batch
+``n``   the routed tokens: gathered wherever it is named, twice in ``n n``
+``m+n`` a prefix that always stays (text), then the routed tokens
+``n+m`` the routed tokens, then a suffix that always stays
+``1``   an axis of size 1; as the first axis it is stretched over the batch
+other   any name (``c``, ``d``, ``h``): an axis that routing leaves alone
+``-``   alone: the argument is opaque, routing passes it on as it is
+====== =================================================================
+
+``"b n c"`` is a token stream, ``"m+n d"`` a rotary table over text and image, ``"b 1 n n"`` an attention mask.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+from diffcr_surgery.errors import PatternError
+
+__all__ = ["Axes", "parse_axes"]
+
+TOKEN_WORDS = ("n", "m+n", "n+m")
+_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*|1")
+
+
+@dataclass(frozen=True)
+class Axes:
+    """A parsed axis pattern.
+
+    Attributes:
+        words: One word an axis; empty for an opaque argument.
+    """
+
+    words: tuple[str, ...]
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Positions of the axes that hold routed tokens."""
+        return tuple(i for i, word in enumerate(self.words) if word in TOKEN_WORDS)
+
+    @property
+    def batch(self) -> int | None:
+        """Position of the batch axis, or of a leading axis of size 1 that can stand for it."""
+        if "b" in self.words:
+            return self.words.index("b")
+        return 0 if self.words and self.words[0] == "1" else None
+
+    def __str__(self) -> str:
+        return " ".join(self.words) or "-"
+
+
+def parse_axes(pattern: str) -> Axes:
+    """Parse an axis pattern.
+
+    Raises:
+        PatternError: If a word is unknown or repeated; the text carries the pattern and the word.
+
+    Example:
+        >>> parse_axes("b m+n d").tokens
+        (1,)
+    """
+    if not isinstance(pattern, str) or not pattern.strip():
+        raise PatternError(f"Axis pattern {pattern!r} is empty; write one word an axis, such as 'b n c', or '-' for an opaque argument.")
+    return _parse(pattern)  # what cannot be hashed is refused before the cache sees it
+
+
+@lru_cache(maxsize=4096)
+def _parse(pattern: str) -> Axes:
+    words = tuple(pattern.split())
+    if words == ("-",):
+        return Axes(())
+    for word in words:
+        if word not in TOKEN_WORDS and not _WORD.fullmatch(word):
+            raise PatternError(f"Axis pattern {pattern!r}: {word!r} is no axis word; expected a name, 1, 'n', 'm+n' or 'n+m'.")
+        if words.count(word) > 1 and word not in (*TOKEN_WORDS, "1"):
+            raise PatternError(f"Axis pattern {pattern!r}: {word!r} stands twice; only the token axis and 1 may repeat.")
+    if len({word for word in words if word in TOKEN_WORDS}) > 1:
+        raise PatternError(f"Axis pattern {pattern!r} mixes {TOKEN_WORDS}; all token axes of one argument are counted alike.")
+    return Axes(words)

@@ -1,0 +1,169 @@
+"""The one frozen configuration of a DiffCR conversion, with its versioned JSON form."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import numbers
+import re
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from diffcr_surgery.errors import ConfigError
+
+__all__ = ["CONFIG_VERSION", "DiffCRConfig"]
+
+CONFIG_VERSION = 1
+
+GATES = ("doubled_sigmoid", "straight_through", "sigmoid")
+BRANCHES = ("two",)
+COSTS = ("tokens",)
+DEFAULT_BINS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffCRConfig:
+    """Settings of a conversion (arXiv 2412.16822).
+
+    A *compression ratio* is the share of tokens that bypass a block: 0 keeps all, 0.3 sends 30 % round the block.
+
+    Args:
+        target_ratio: Mean compression ratio the budget aims at, in ``[0, max_ratio]``.
+        timestep_regions: Number R of equal parts of the timestep range, each with ratios of its own (1 is DiffCR-L).
+        timestep_argument: Name of the forward argument that holds the timestep, or ``"auto"``. Irrelevant for R = 1.
+        timestep_range: ``(lowest, highest)`` timestep, clean to noisy, or ``"auto"`` to read it off the example inputs.
+        bins: The ratios that can be executed, rising, the first 0.
+        max_ratio: Upper bound of every ratio, at most the last bin.
+        gate: How a kept token's update is scaled by its score s: ``"doubled_sigmoid"`` by 2s (1 at the start),
+            ``"straight_through"`` by 1 with the gradient of s, ``"sigmoid"`` by s (the paper's form; it halves updates at the start).
+        branches: How a ratio between two bins gets its gradient: ``"two"`` runs the block at both bins and blends.
+        cost: What the budget counts: ``"tokens"``.
+        ratio_loss_weight: Weight λ of :func:`diffcr_surgery.ratio_loss`.
+        blocks: Regular expression; only blocks whose qualified name matches it in full are routed. ``None`` routes all.
+        initial_ratio: Value of every ratio after conversion.
+        learn_ratios: ``False`` freezes the table: with ``initial_ratio=0.3`` this is uniform Mixture-of-Depths.
+
+    Raises:
+        ConfigError: If a value is out of range; the text names it.
+
+    Example:
+        >>> config = DiffCRConfig(target_ratio=0.2, timestep_regions=4)
+        >>> DiffCRConfig.from_json(config.to_json()) == config
+        True
+    """
+
+    target_ratio: float = 0.2
+    timestep_regions: int = 1
+    timestep_argument: str = "auto"
+    timestep_range: tuple[float, float] | Literal["auto"] = "auto"
+    bins: tuple[float, ...] = DEFAULT_BINS
+    max_ratio: float = 0.9
+    gate: Literal["doubled_sigmoid", "straight_through", "sigmoid"] = "doubled_sigmoid"
+    branches: Literal["two"] = "two"
+    cost: Literal["tokens"] = "tokens"
+    ratio_loss_weight: float = 0.3
+    blocks: str | None = None
+    initial_ratio: float = 0.0
+    learn_ratios: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bins", _numbers("bins", self.bins))
+        if not (isinstance(self.timestep_range, str) and self.timestep_range == "auto"):
+            object.__setattr__(self, "timestep_range", _range(self.timestep_range))
+        _check_bins(self.bins)
+        self._settle_number("max_ratio", 0.0, min(self.bins[-1], 1.0))
+        if self.max_ratio >= 1.0:
+            raise ConfigError("max_ratio=1.0 would let a block lose every token; choose a value below 1, such as 0.9.")
+        self._settle_number("target_ratio", 0.0, self.max_ratio)
+        self._settle_number("initial_ratio", 0.0, self.max_ratio)
+        self._settle_number("ratio_loss_weight", 0.0, math.inf)
+        if not isinstance(self.timestep_regions, int) or isinstance(self.timestep_regions, bool) or self.timestep_regions < 1:
+            raise ConfigError(f"timestep_regions={self.timestep_regions!r}: expected a whole number of at least 1.")
+        for name, choices in (("gate", GATES), ("branches", BRANCHES), ("cost", COSTS)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, choices))}.")
+        if not isinstance(self.timestep_argument, str) or not self.timestep_argument:
+            raise ConfigError(f'timestep_argument={self.timestep_argument!r}: expected the name of a forward argument, or "auto".')
+        if not isinstance(self.learn_ratios, bool):
+            raise ConfigError(f"learn_ratios={self.learn_ratios!r}: expected True or False.")
+        _check_expression("blocks", self.blocks)
+
+    def _settle_number(self, name: str, low: float, high: float) -> None:
+        value = _number(getattr(self, name))
+        if value is None or not low <= value <= high:
+            raise ConfigError(f"{name}={getattr(self, name)!r}: expected a number in [{low:g}, {high:g}].")
+        object.__setattr__(self, name, value)
+
+    def to_json(self) -> str:
+        """Return the configuration as versioned JSON text."""
+        return json.dumps({"version": CONFIG_VERSION, **asdict(self)}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> DiffCRConfig:
+        """Read a configuration written by :meth:`to_json`.
+
+        Raises:
+            ConfigError: If the text is no JSON object, has another version, or names unknown settings.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"The configuration is not valid JSON ({error}); write it with DiffCRConfig.to_json().") from error
+        return cls.from_dict(data)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> DiffCRConfig:
+        """Read a configuration from the decoded JSON object; see :meth:`from_json`."""
+        if not isinstance(data, dict):
+            raise ConfigError(f"A configuration is a JSON object, not {type(data).__name__}.")
+        version = data.get("version")
+        if type(version) is not int or version != CONFIG_VERSION:  # JSON's true equals 1
+            raise ConfigError(f"Configuration version {version!r} is not supported; this release reads version {CONFIG_VERSION}.")
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(data) - known - {"version"})
+        if unknown:
+            raise ConfigError(f"Unknown settings {unknown}; expected some of {sorted(known)}.")
+        return cls(**{name: value for name, value in data.items() if name != "version"})
+
+
+def _number(value: Any) -> float | None:
+    """Return a finite number as a float; ``None`` for anything else, booleans and numbers in quotes among it."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _numbers(name: str, value: Any) -> tuple[float, ...]:
+    items = [None] if isinstance(value, str) or not hasattr(value, "__iter__") else [_number(item) for item in value]
+    found = tuple(item for item in items if item is not None)
+    if len(found) < len(items):
+        raise ConfigError(f"{name}={value!r}: expected a sequence of finite numbers.")
+    return found
+
+
+def _range(value: Any) -> tuple[float, float]:
+    bounds = _numbers("timestep_range", value)
+    if len(bounds) != 2 or bounds[0] >= bounds[1]:
+        raise ConfigError(f"timestep_range={value!r}: expected (lowest, highest) with lowest < highest, such as (0, 1000).")
+    return bounds[0], bounds[1]
+
+
+def _check_bins(bins: tuple[float, ...]) -> None:
+    rising = all(a < b for a, b in itertools.pairwise(bins))
+    if len(bins) < 2 or bins[0] != 0.0 or not rising or not all(0.0 <= b <= 1.0 for b in bins):
+        raise ConfigError(f"bins={bins}: expected at least two rising ratios in [0, 1], the first 0.")
+
+
+def _check_expression(name: str, value: Any) -> None:
+    problem = "" if value is None or isinstance(value, str) else f" (a {type(value).__name__})"
+    try:
+        re.compile(value if isinstance(value, str) else "")
+    except re.error as error:
+        problem = f" ({error})"
+    if problem:
+        raise ConfigError(f"{name}={value!r}{problem}: expected a regular expression for qualified block names, or None.")

@@ -1,0 +1,122 @@
+"""Declared block patterns: what a library maintainer states about a block, put to the same proof as what the search finds."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from types import MappingProxyType
+
+import torch
+
+from diffcr_surgery.axes import parse_axes
+from diffcr_surgery.errors import PatternError
+
+__all__ = ["BlockPattern", "pattern_of", "register_pattern"]
+
+ENTRY_POINTS = "diffcr_surgery.patterns"
+OFF_SWITCH = "DIFFCR_SURGERY_NO_PLUGINS"
+
+
+@dataclass(frozen=True)
+class BlockPattern:
+    """Which arguments of a block class move with the tokens.
+
+    Args:
+        name: Name for messages.
+        target: The class as ``"package.module:Class"``; a string, so that a pattern never imports the library it describes.
+        inputs: Argument path -> axis pattern (see :mod:`diffcr_surgery.axes`), the routed stream first. What is not named stays as it is.
+        outputs: Axis pattern of each output, for the reader; the proof finds the one that continues the stream.
+
+    Raises:
+        PatternError: If the target or an axis pattern is malformed, or no input is a token stream.
+
+    Example:
+        >>> pattern = BlockPattern("my block", "mylib.blocks:Block", {"x": "b n c", "rope": "n d"})
+        >>> sorted(pattern.inputs)
+        ['rope', 'x']
+    """
+
+    name: str
+    target: str
+    inputs: Mapping[str, str]
+    outputs: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        module, colon, cls = self.target.partition(":") if isinstance(self.target, str) else ("", "", "")
+        if not (module and colon and cls):
+            raise PatternError(f"Pattern {self.name!r}: target {self.target!r} is not of the form 'package.module:Class'.")
+        if not isinstance(self.inputs, Mapping) or not self.inputs:
+            raise PatternError(f"Pattern {self.name!r}: inputs must map argument paths to axis patterns, the routed stream first.")
+        object.__setattr__(self, "inputs", MappingProxyType(dict(self.inputs)))
+        for axes in (*self.inputs.values(), *self.outputs):
+            parse_axes(axes)
+        stream = next(iter(self.inputs.values()))
+        if stream.split().count("n") != 1:
+            raise PatternError(f"Pattern {self.name!r}: the first input is the routed stream and names 'n' once; got {stream!r}.")
+
+    def __reduce__(self) -> tuple[type[BlockPattern], tuple[object, ...]]:
+        return BlockPattern, (self.name, self.target, dict(self.inputs), self.outputs)
+
+
+_REGISTRY: dict[str, BlockPattern] = {}
+_LOCK = threading.Lock()
+_plugins_loaded = False
+
+
+def register_pattern(pattern: BlockPattern) -> BlockPattern:
+    """Declare a pattern for a block class.
+
+    When a model with that class, or a subclass that has no pattern of its own, is planned, the pattern takes the place of the
+    search and is put through the permutation proof.
+
+    Returns:
+        The pattern.
+
+    Raises:
+        PatternError: If it is no :class:`BlockPattern`, or its target has another pattern already.
+
+    Example:
+        >>> pattern = register_pattern(BlockPattern("example", "mylib.blocks:Example", {"x": "b n c"}))
+        >>> pattern.target
+        'mylib.blocks:Example'
+    """
+    if not isinstance(pattern, BlockPattern):
+        raise PatternError(f"register_pattern takes a BlockPattern, not {type(pattern).__name__}.")
+    with _LOCK:
+        known = _REGISTRY.get(pattern.target)
+        if known is not None and known != pattern:
+            raise PatternError(
+                f"{pattern.target} has the pattern {known.name!r} already; {pattern.name!r} was not registered. A class has one pattern: "
+                "change the first one, or target a subclass."
+            )
+        _REGISTRY[pattern.target] = pattern
+    return pattern
+
+
+def _load_plugins() -> None:
+    global _plugins_loaded
+    if _plugins_loaded or os.environ.get(OFF_SWITCH):
+        return
+    _plugins_loaded = True
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            register_pattern(entry.load())
+        except Exception as error:
+            _plugins_loaded = False
+            raise PatternError(
+                f"The entry point {entry.name!r} = {entry.value!r} of group {ENTRY_POINTS} could not be loaded: {error}. It must name a "
+                f"BlockPattern. Set {OFF_SWITCH}=1 to go on without plug-ins."
+            ) from error
+
+
+def pattern_of(block: torch.nn.Module) -> BlockPattern | None:
+    """Return the pattern of the most specific class of ``block`` that has one."""
+    _load_plugins()
+    for cls in type(block).__mro__:
+        pattern = _REGISTRY.get(f"{cls.__module__}:{cls.__qualname__}")
+        if pattern is not None:
+            return pattern
+    return None

@@ -1,0 +1,266 @@
+"""Stage 4, plan: what a conversion would do to a model, as a value to print and decide from. Planning changes nothing."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import fx
+
+from diffcr_surgery._tree import flatten
+from diffcr_surgery.align import Alignment
+from diffcr_surgery.axes import parse_axes
+from diffcr_surgery.config import DiffCRConfig
+from diffcr_surgery.detect import named_leaves
+from diffcr_surgery.errors import ConfigError, ConversionError, NoRoutableBlockError
+from diffcr_surgery.rewrite import Decision, RoutedCall, RouteTokens, used_items
+from diffcr_surgery.sites import SiteCall, site_calls
+from diffcr_surgery.timesteps import TimestepRegions, timestep_regions
+from diffcr_surgery.trace import Trace
+from diffcr_surgery.trace.key import model_device
+from diffcr_surgery.trace.perturb import shake
+from diffcr_surgery.trace.recording import Recording, undisturbed
+
+__all__ = ["BlockSite", "SurgeryPlan", "plan", "routed_call"]
+
+
+@dataclass(frozen=True)
+class BlockSite:
+    """One block call of the model, and what would be done to it.
+
+    Attributes:
+        path: Module path of the block.
+        block_class: Name of its class.
+        routed: Whether a router decides which tokens enter it.
+        reason: Why it is not routed; or the error of the proof.
+        aligned: Argument path -> axis pattern of every argument that moves with the tokens, the stream among them.
+        occurrence: 0 for the first call of this module in a forward, 1 for the second, ...
+        tokens: n in the example inputs (0 if not routed).
+        width: Channels of the stream (0 if not routed).
+    """
+
+    path: str
+    block_class: str
+    routed: bool
+    reason: str
+    aligned: MappingProxyType[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    occurrence: int = 0
+    tokens: int = 0
+    width: int = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = (
+            self.path,
+            self.block_class,
+            self.routed,
+            self.reason,
+            dict(self.aligned),
+            self.occurrence,
+            self.tokens,
+            self.width,
+        )
+        return _site, values
+
+
+def _site(path: str, block_class: str, routed: bool, reason: str, aligned: dict[str, str], *rest: int) -> BlockSite:
+    return BlockSite(path, block_class, routed, reason, MappingProxyType(aligned), *rest)
+
+
+@dataclass(frozen=True)
+class SurgeryPlan:
+    """The plan of a conversion; print it as a table.
+
+    Attributes:
+        model_class: Qualified name of the model's class.
+        config: Settings.
+        sites: Every block call found, in order of execution.
+        regions: Timestep argument, range and regions.
+        shared_inputs: Input tensors without a batch axis.
+        graph: The routed ``torch.fx`` graph at the target ratio (not kept by pickle and deepcopy).
+
+    Example:
+        >>> from diffusers import DiTTransformer2DModel
+        >>> model = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2, sample_size=8)
+        >>> inputs = {"hidden_states": torch.randn(1, 4, 8, 8), "timestep": torch.tensor([500]), "class_labels": torch.tensor([1])}
+        >>> print(plan(model, inputs))
+        DiTTransformer2DModel: 2 of 2 blocks routed; target ratio 0.2 in steps of ...
+        site  block                 class                  tokens  moves with the tokens  note
+        0     transformer_blocks.0  BasicTransformerBlock  16      hidden_states: b n c   proven, error ...
+        1     transformer_blocks.1  BasicTransformerBlock  16      hidden_states: b n c   proven, error ...
+    """
+
+    model_class: str
+    config: DiffCRConfig
+    sites: tuple[BlockSite, ...]
+    regions: TimestepRegions
+    shared_inputs: frozenset[str]
+    graph: fx.Graph | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def routed_sites(self) -> tuple[BlockSite, ...]:
+        """The sites that get a router; their order is that of the ratio table's rows."""
+        return tuple(site for site in self.sites if site.routed)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SurgeryPlan, (self.model_class, self.config, self.sites, self.regions, self.shared_inputs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SurgeryPlan:
+        return SurgeryPlan(self.model_class, self.config, self.sites, self.regions, self.shared_inputs)
+
+    def __str__(self) -> str:
+        config, routed = self.config, self.routed_sites
+        head = (
+            f"{self.model_class.rpartition('.')[2]}: {len(routed)} of {len(self.sites)} blocks routed; target ratio "
+            f"{config.target_ratio:g} in steps of {', '.join(f'{b:g}' for b in config.bins)}; {self.regions}; gate {config.gate}"
+        )
+        rows = [("site", "block", "class", "tokens", "moves with the tokens", "note")]
+        index = iter(range(len(routed)))
+        for site in self.sites:
+            moved = "; ".join(f"{name}: {axes}" for name, axes in site.aligned.items())
+            number, tokens = (str(next(index)), str(site.tokens)) if site.routed else ("-", "-")
+            name = site.path if site.occurrence == 0 else f"{site.path} (call {site.occurrence + 1})"
+            rows.append((number, name, site.block_class, tokens, moved or "-", site.reason))
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[5]]) for row in rows]
+        return "\n".join([head, *lines])
+
+
+def plan(model: torch.nn.Module, example_inputs: Any, config: DiffCRConfig | None = None) -> SurgeryPlan:
+    """Work out which blocks of ``model`` can be routed and what moves with their tokens.
+
+    The model is run three times on inputs like the examples, and each distinct kind of block a few times more; nothing about it
+    changes, random state included.
+
+    Args:
+        model: Any transformer denoiser, or an encoder without a timestep.
+        example_inputs: A dict of keyword arguments or a tuple of positional ones, such as :func:`capture_inputs` collects.
+        config: Settings; the defaults of :class:`DiffCRConfig` if left out.
+
+    Raises:
+        TraceError: If the inputs do not fit or the model cannot be recorded.
+        NoRoutableBlockError: If no block can be routed.
+        TimestepError: If the timestep argument or its range cannot be told.
+        PatternError: If a registered pattern is wrong.
+        ConversionError: If the model is converted already.
+
+    Example:
+        >>> from diffusers import DiTTransformer2DModel
+        >>> model = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2, sample_size=8)
+        >>> x, t, y = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.tensor([1])
+        >>> planned = plan(model.eval(), {"hidden_states": x, "timestep": t, "class_labels": y})
+        >>> [site.path for site in planned.routed_sites]
+        ['transformer_blocks.0', 'transformer_blocks.1']
+    """
+    config = DiffCRConfig() if config is None else config
+    if not isinstance(config, DiffCRConfig):
+        raise ConfigError(f"config is a {type(config).__name__}; expected a DiffCRConfig.")
+    if hasattr(model, "diffcr"):
+        raise ConversionError(f"This {type(model).__name__} is converted already; call restore_(model) first to plan anew.")
+    recorded = Trace(model, example_inputs)
+    regions = timestep_regions(config, recorded.call.arguments)
+    calls = site_calls(recorded.recording)
+    sites = tuple(_block_site(recorded.recording, call, config) for call in calls)
+    if not any(site.routed for site in sites):
+        raise NoRoutableBlockError(_no_block(model, sites))
+    shared = _shared_inputs(recorded, model)
+    return SurgeryPlan(_qualified(model), config, sites, regions, shared, _target_graph(recorded.recording, calls, sites, config))
+
+
+def _qualified(model: torch.nn.Module) -> str:
+    return f"{type(model).__module__}.{type(model).__qualname__}"
+
+
+def _block_site(recording: Recording, call: SiteCall, config: DiffCRConfig) -> BlockSite:
+    name = type(recording.blocks[call.node].module).__name__
+    found: Alignment = call.alignment
+    reason = found.reason
+    routable = found.routable
+    if routable and config.blocks is not None and not re.fullmatch(config.blocks, call.path):
+        routable, reason = False, f"left out by blocks={config.blocks!r}"
+    if routable and (used_items(call.node) is None or found.output.count(".")):
+        routable, reason = False, "its outputs are handed on as a whole, so the stream cannot be replaced among them"
+    if not routable:
+        return BlockSite(call.path, name, False, reason, occurrence=call.occurrence)
+    _, stream = named_leaves(recording.blocks[call.node].module, call.node.args, call.node.kwargs, fx.Node)[found.stream]
+    width = stream.meta["shape"][-1]
+    return BlockSite(call.path, name, True, reason, MappingProxyType(found.aligned), call.occurrence, found.tokens, width)
+
+
+def routed_call(recording: Recording, call: SiteCall, index: int, gate: str) -> RoutedCall:
+    """Translate a proven alignment from argument names to the call at hand."""
+    block, found = recording.blocks[call.node], call.alignment
+    named = named_leaves(block.module, call.node.args, call.node.kwargs, fx.Node)
+    pattern = found.axes[found.stream]
+    batch = parse_axes(pattern).batch
+    raw_stream, stream = named[found.stream]
+    return RoutedCall(
+        index=index,
+        path=call.path,
+        axes={named[name][0]: words for name, words in found.axes.items()},
+        stream=raw_stream,
+        pattern=pattern,
+        output=int(found.output) if found.output.isdigit() else found.output or None,
+        tokens=found.tokens,
+        samples=1 if batch is None else stream.meta["shape"][batch],
+        random=block.random,
+        gate=gate,
+    )
+
+
+def _target_graph(recording: Recording, calls: list[SiteCall], sites: tuple[BlockSite, ...], config: DiffCRConfig) -> fx.Graph:
+    routed = [call for call, site in zip(calls, sites, strict=True) if site.routed]
+    table = {call.node: routed_call(recording, call, i, config.gate) for i, call in enumerate(routed)}
+    return RouteTokens(table, dict.fromkeys(range(len(routed)), Decision(config.target_ratio)), recording.blocks)(recording.graph).graph
+
+
+def _no_block(model: torch.nn.Module, sites: tuple[BlockSite, ...]) -> str:
+    if sites:
+        listed = "\n".join(f"  {site.path} ({site.block_class}): {site.reason}" for site in sites)
+        return (
+            f"No block of {type(model).__name__} can be routed:\n{listed}\nDeclare one with register_pattern(BlockPattern(...)) if it can."
+        )
+    classes = sorted({type(module).__name__ for module in model.modules()})
+    return (
+        f"No block was found in {type(model).__name__}: no module takes tokens (b n c) and returns tokens of the same shape, with "
+        f"attention and an MLP inside. Classes seen: {', '.join(classes)}. Check that the example inputs reach the transformer, or declare "
+        "its block with register_pattern(BlockPattern(...))."
+    )
+
+
+def _shared_inputs(recorded: Trace, model: torch.nn.Module) -> frozenset[str]:
+    """Return the input tensors without a batch axis: those of another first size, and, in case of doubt, those shown to be shared."""
+    call = recorded.call
+    batch = _batch_size(recorded)
+    if batch is None:
+        return frozenset()
+    alike = [path for path, t in zip(call.paths, call.tensors, strict=True) if t.ndim and t.shape[0] == batch]
+    shared = set(call.paths) - set(alike)
+    inner = {size for t in call.tensors for size in t.shape[1:]} | {size for node in recorded.recording.blocks for size in _lengths(node)}
+    if batch > 1 and batch in inner:
+        shared |= {path for path in alike if _touches_first_sample(recorded, model, path)}
+    return frozenset(shared)
+
+
+def _lengths(node: fx.Node) -> set[int]:
+    return {size for source in node.all_input_nodes for size in source.meta.get("shape", ())[1:]}
+
+
+def _batch_size(recorded: Trace) -> int | None:
+    return next((t.shape[0] for t in recorded.call.tensors if t.ndim >= 2 and t.is_floating_point()), None)
+
+
+@torch.no_grad()
+def _touches_first_sample(recorded: Trace, model: torch.nn.Module, path: str) -> bool:
+    """Tell whether changing all but the first row of one input changes the first row of an output: then its rows are no samples."""
+    index = recorded.call.paths.index(path)
+    tensors = list(recorded.call.tensors)
+    tensors[index] = torch.cat([tensors[index][:1], shake(tensors[index])[1:]])
+    with undisturbed(model, model_device(model, tensors)) as rewind:
+        _, before, _ = flatten(recorded.recording.run(model, recorded.call.tensors))
+        rewind()
+        _, after, _ = flatten(recorded.recording.run(model, tensors))
+    pairs = [(a[0].float(), b[0].float()) for a, b in zip(before, after, strict=True) if a.ndim > 1]
+    return any(bool((a - b).abs().max() > 1e-5 * a.std()) for a, b in pairs)

@@ -1,0 +1,175 @@
+"""Stage 5, rewrite: a recorded graph and one decision per site become the routed graph that is executed.
+
+A site at ratio 0.3 over 64 tokens reads, in the printed graph:
+
+    scores_3 = call_module[diffcr.routers.3](stream)                 b n
+    order_3  = rank_tokens(scores_3)                                 b n
+    kept_3   = keep_tokens(order_3, 45)                              b k
+    tokens_3 = gather_tokens(stream, kept_3, 'b n c', 64)            b k c
+    blocks_3 = call_module[blocks.3](tokens_3, c)                    b k c
+    gated_3  = gate_update(tokens_3, blocks_3, ...)                  b k c
+    stream_3 = scatter_tokens(stream, gated_3, kept_3, 'b n c')      b n c
+
+Counts are Python ints, so a compiler sees static shapes. A site between two bins has both branches and a ``blend``; a site at 0 is the
+block itself.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import fx
+
+from diffcr_surgery.errors import SurgeryError
+from diffcr_surgery.rewrite import ops
+from diffcr_surgery.rewrite.emit import Decision, RoutedCall, emit_block, emit_site
+from diffcr_surgery.tokens import gather_tokens, scatter_tokens, scatter_tokens_
+from diffcr_surgery.trace.recording import BlockCall, compile_graph
+
+__all__ = ["Decision", "RewriteResult", "RouteTokens", "RoutedCall", "ScatterInPlace", "used_items"]
+
+
+class RewriteResult(NamedTuple):
+    """A rewritten graph.
+
+    Attributes:
+        graph: The new graph; the one given is never changed.
+        modified: Whether any site was routed.
+        takes_region: Whether it ends in a placeholder for the samples' regions.
+        takes_model: Whether it ends in a placeholder for the model, which checkpointed sites need.
+    """
+
+    graph: fx.Graph
+    modified: bool
+    takes_region: bool
+    takes_model: bool
+
+
+def used_items(node: fx.Node) -> list[int | str] | None:
+    """Return the output items by which a block's result is used: empty if it is a lone tensor, ``None`` if mixed."""
+    takes = [user.args[1] if user.target in (operator.getitem, getattr) and "shape" not in node.meta else None for user in node.users]
+    if "shape" in node.meta:
+        return []
+    return None if any(not isinstance(item, (int, str)) for item in takes) else list(dict.fromkeys(takes))  # type: ignore[arg-type]
+
+
+class ScatterInPlace:
+    """The pass for inference that saves a copy of the stream a site: scatter into it where no one else reads it.
+
+    That is the case where the stream was made by the scatter of the site before, and read by this site's router and gather alone;
+    a long skip or a residual that reads it keeps the copy.
+    """
+
+    def __call__(self, graph: fx.Graph) -> bool:
+        """Change ``graph``; return whether it was modified."""
+        modified = False
+        for node in graph.find_nodes(op="call_function", target=scatter_tokens):
+            stream = node.args[0]
+            readers = set(stream.users) - {node}
+            own = all(self._copies(reader) for reader in readers)
+            if stream.target in (scatter_tokens, scatter_tokens_) and own and all(reader < node for reader in readers):
+                node.target = scatter_tokens_
+                modified = True
+        graph.lint()
+        return modified
+
+    def _copies(self, reader: fx.Node) -> bool:
+        router = reader.op == "call_module" and str(reader.target).startswith("diffcr.routers.")
+        return router or reader.target is gather_tokens
+
+
+class RouteTokens:
+    """The pass that routes: ``requires`` → ``call`` → ``ensures``, on a copy of the graph.
+
+    Args:
+        calls: Block node -> how to route it.
+        decisions: Row of the ratio table -> ratio or ratios to run at.
+        blocks: Every block node, for gradient checkpointing.
+    """
+
+    def __init__(
+        self,
+        calls: Mapping[fx.Node, RoutedCall],
+        decisions: Mapping[int, Decision],
+        blocks: Mapping[fx.Node, BlockCall],
+    ) -> None:
+        self.calls = calls
+        self.decisions = decisions
+        self.blocks = blocks
+
+    def __call__(self, graph: fx.Graph) -> RewriteResult:
+        """Return the routed copy of ``graph``."""
+        self.requires(graph)
+        result = self.call(graph)
+        self.ensures(result)
+        return result
+
+    def requires(self, graph: fx.Graph) -> None:
+        """Check that every site is a block call of this graph."""
+        nodes = set(graph.nodes)
+        for node, call in self.calls.items():
+            if node not in nodes or node.op != "call_module":
+                raise SurgeryError(f"Site {call.path} is no block call of this graph:\n{graph}")
+            if call.index not in self.decisions:
+                raise SurgeryError(f"No ratio was decided for site {call.index} ({call.path}).")
+
+    def ensures(self, result: RewriteResult) -> None:
+        """Check that the graph is well formed."""
+        result.graph.lint()
+
+    def call(self, graph: fx.Graph) -> RewriteResult:
+        """Copy the graph, routing each site on the way."""
+        out = fx.Graph()
+        env: dict[fx.Node, fx.Node] = {}
+        taken: dict[fx.Node, dict[Any, fx.Node]] = {}
+        blending = any(self.decisions[call.index].upper is not None for call in self.calls.values())
+        wrapped = {node for node, block in self.blocks.items() if block.checkpointed}
+        inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        env |= {node: out.node_copy(node) for node in inputs}
+        extra = {name: out.placeholder(name) for name, wanted in (("region", blending), ("model", wrapped)) if wanted}
+        for node in list(graph.nodes)[len(inputs) :]:
+            source = node.args[0] if node.args and node.target in (operator.getitem, getattr) else None
+            if isinstance(source, fx.Node) and source in taken and None not in taken[source]:
+                env[node] = taken[source][node.args[1]]
+            elif node in self.calls or node in wrapped:
+                taken[node] = self._site(out, node, env, extra)
+                env |= {node: taken[node][None]} if None in taken[node] else {}
+            else:
+                env[node] = out.node_copy(node, env.__getitem__)
+        return RewriteResult(out, bool(self.calls), blending, bool(wrapped))
+
+    def _site(self, out: fx.Graph, node: fx.Node, env: dict[fx.Node, fx.Node], extra: dict[str, fx.Node]) -> dict[Any, fx.Node]:
+        items = used_items(node) or []
+        if not self.blocks[node].checkpointed:
+            return self._emit(out, node, fx.map_arg(node.args, env.get), fx.map_arg(node.kwargs, env.get), items, extra.get("region"))
+        return self._checkpointed(out, node, env, extra, items)
+
+    def _emit(
+        self, graph: fx.Graph, node: fx.Node, args: Any, kwargs: Any, items: list[int | str], region: fx.Node | None
+    ) -> dict[Any, fx.Node]:
+        if node not in self.calls:
+            return emit_block(graph, self.blocks[node].path, args, kwargs, items)
+        call = self.calls[node]
+        return emit_site(graph, call, args, kwargs, items, self.decisions[call.index], region)
+
+    def _checkpointed(
+        self,
+        out: fx.Graph,
+        node: fx.Node,
+        env: dict[fx.Node, fx.Node],
+        extra: dict[str, fx.Node],
+        items: list[int | str],
+    ) -> dict[Any, fx.Node]:
+        """Put the whole site into a function of its own, called under ``torch.utils.checkpoint``."""
+        inner = fx.Graph()
+        sources = list(dict.fromkeys(node.all_input_nodes))
+        inside = {source: inner.placeholder(source.name) for source in sources}
+        region = inner.placeholder("region") if "region" in extra else None
+        results = self._emit(inner, node, fx.map_arg(node.args, inside.get), fx.map_arg(node.kwargs, inside.get), items, region)
+        inner.output(tuple(results.values()))
+        site = ops.checkpointed(compile_graph(inner), f"checkpointed_{node.name}")
+        outer = [env[source] for source in sources] + ([extra["region"]] if region is not None else [])
+        whole = out.call_function(site, (extra["model"], *outer))
+        return {item: out.call_function(operator.getitem, (whole, i)) for i, item in enumerate(results)}

@@ -1,0 +1,184 @@
+"""Emit the nodes of one routed site: router, ranking, gathers, the block on its own path, the gate, and the skip connection."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import fx
+
+from diffcr_surgery._tree import map_leaves
+from diffcr_surgery.align.proof import needs_samples
+from diffcr_surgery.axes import parse_axes
+from diffcr_surgery.rewrite import ops
+from diffcr_surgery.tokens import gather_tokens, keep_tokens, kept_count, per_sample, rank_tokens, scatter_tokens
+
+__all__ = ["Decision", "RoutedCall", "emit_block", "emit_site"]
+
+
+class Decision(NamedTuple):
+    """At which ratios a site runs: one bin, or two to blend."""
+
+    lower: float
+    upper: float | None = None
+
+
+@dataclass(frozen=True)
+class RoutedCall:
+    """A block call in a graph, with what routing it takes.
+
+    Attributes:
+        index: Row of the site in the ratio table.
+        path: Module path of the block.
+        axes: Path within ``(args, kwargs)`` -> axis pattern of what moves with the tokens.
+        stream: Path of the stream.
+        pattern: Axis pattern of the stream.
+        output: Item of the output that continues the stream; ``None`` for a lone output.
+        tokens: n.
+        samples: b.
+        random: Whether the block draws random numbers.
+        gate: Gate form.
+    """
+
+    index: int
+    path: str
+    axes: dict[str, str]
+    stream: str
+    pattern: str
+    output: int | str | None
+    tokens: int
+    samples: int
+    random: bool
+    gate: str
+
+
+def _item(graph: fx.Graph, block: fx.Node, item: int | str) -> fx.Node:
+    return graph.call_function(operator.getitem if isinstance(item, int) else getattr, (block, item))
+
+
+def emit_block(graph: fx.Graph, path: str, args: Any, kwargs: Any, items: list[int | str]) -> dict[int | str | None, fx.Node]:
+    """Emit a plain call of a block and take the wanted items out of its output (none: the output as a whole)."""
+    block = graph.call_module(path, args, kwargs)
+    return {item: _item(graph, block, item) for item in items} if items else {None: block}
+
+
+def emit_site(
+    graph: fx.Graph,
+    call: RoutedCall,
+    args: Any,
+    kwargs: Any,
+    items: list[int | str],
+    decision: Decision,
+    region: fx.Node | None,
+) -> dict[int | str | None, fx.Node]:
+    """Emit a routed block call.
+
+    Args:
+        graph: Graph to emit into.
+        call: The call.
+        args: Positional arguments, as nodes of ``graph``.
+        kwargs: Keyword arguments.
+        items: Which items of the output are used; empty for a lone output.
+        decision: Ratio or ratios to run at.
+        region: Node of the samples' regions; needed to blend.
+
+    Returns:
+        Node of each used item; the one of the stream has all n tokens.
+    """
+    emitter = _Site(graph, call, args, kwargs, items)
+    lower = emitter.branch(decision.lower, second=False)
+    if decision.upper is None:
+        return lower
+    upper = emitter.branch(decision.upper, second=True)
+    table = graph.get_attr("diffcr.ratio_table")
+    weight = _named(graph, f"weight_{call.index}", ops.blend_weight, (table, call.index, region, decision.lower, decision.upper))
+    batch = parse_axes(call.pattern).batch
+    return {item: graph.call_function(ops.blend, (lower[item], upper[item], weight, batch)) for item in lower}
+
+
+def _named(graph: fx.Graph, name: str, target: Any, args: tuple[Any, ...]) -> fx.Node:
+    return graph.create_node("call_function", target, args, name=name)
+
+
+class _Site:
+    def __init__(self, graph: fx.Graph, call: RoutedCall, args: Any, kwargs: Any, items: list[int | str]) -> None:
+        self.graph = graph
+        self.call = call
+        self.arguments = (args, kwargs)
+        self.items = items
+        self.stream = self._find(call.stream)
+        self._scores: fx.Node | None = None
+        self._order: fx.Node | None = None
+
+    def _find(self, wanted: str) -> fx.Node:
+        found: list[fx.Node] = []
+        map_leaves(self.arguments, lambda path, leaf: found.append(leaf) if path == wanted else None)
+        return found[0]
+
+    def scores(self) -> fx.Node:
+        if self._scores is None:
+            i = self.call.index
+            target = f"diffcr.routers.{i}"
+            self._scores = self.graph.create_node("call_module", target, (self.stream,), name=f"scores_{i}")
+        return self._scores
+
+    def order(self) -> fx.Node:
+        if self._order is None:
+            self._order = _named(self.graph, f"order_{self.call.index}", rank_tokens, (self.scores(),))
+        return self._order
+
+    def branch(self, ratio: float, *, second: bool) -> dict[int | str | None, fx.Node]:
+        """Emit the block at one ratio."""
+        call, graph = self.call, self.graph
+        count = kept_count(ratio, call.tokens)
+        if count == call.tokens:
+            return self._whole(second)
+        kept = _named(graph, f"kept_{call.index}", keep_tokens, (self.order(), count))
+        tokens = _named(graph, f"tokens_{call.index}", gather_tokens, (self.stream, kept, call.pattern, call.tokens))
+        results = self._run_kept(kept, tokens, second)
+        processed = results[call.output]
+        if call.gate == "straight_through" or call.gate in ("doubled_sigmoid", "sigmoid"):
+            scores = graph.call_function(ops.take_scores, (self.scores(), kept))
+            processed = _named(graph, f"gated_{call.index}", ops.gate_update, (tokens, processed, scores, call.gate, call.pattern))
+        results[call.output] = _named(graph, f"stream_{call.index}", scatter_tokens, (self.stream, processed, kept, call.pattern))
+        return results
+
+    def _whole(self, second: bool) -> dict[int | str | None, fx.Node]:
+        """Emit the block on all tokens: nothing is decided, so nothing is gathered; only the paper's gate still scales."""
+        call = self.call
+        results = self._call(self.arguments[0], self.arguments[1], second)
+        if call.gate == "sigmoid":
+            gated = (self.stream, results[call.output], self.scores(), call.gate, call.pattern)
+            results[call.output] = _named(self.graph, f"gated_{call.index}", ops.gate_update, gated)
+        return results
+
+    def _run_kept(self, kept: fx.Node, tokens: fx.Node, second: bool) -> dict[int | str | None, fx.Node]:
+        call, graph = self.call, self.graph
+        if needs_samples(call.axes, call.samples):
+            block = graph.get_attr(call.path)
+            inner: tuple[Any, ...] = (block, *self.arguments, call.axes, kept, call.tokens, parse_axes(call.pattern).batch or 0)
+            target: Any = per_sample
+            if second and call.random:
+                inner, target = (per_sample, inner, {}), ops.without_random_trace
+            return self._items(_named(graph, f"block_{call.index}", target, inner))
+
+        def gather(path: str, leaf: Any) -> Any:
+            pattern = call.axes.get(path)
+            if path == call.stream:
+                return tokens
+            if pattern is None or not parse_axes(pattern).tokens or not isinstance(leaf, fx.Node):
+                return leaf
+            return graph.call_function(gather_tokens, (leaf, kept, pattern, call.tokens))
+
+        args, kwargs = map_leaves(self.arguments, gather)
+        return self._call(args, kwargs, second)
+
+    def _call(self, args: Any, kwargs: Any, second: bool) -> dict[int | str | None, fx.Node]:
+        if not (second and self.call.random):
+            return emit_block(self.graph, self.call.path, args, kwargs, self.items)
+        block = self.graph.get_attr(self.call.path)
+        return self._items(self.graph.call_function(ops.without_random_trace, (block, args, kwargs)))
+
+    def _items(self, block: fx.Node) -> dict[int | str | None, fx.Node]:
+        return {item: _item(self.graph, block, item) for item in self.items} if self.items else {None: block}

@@ -1,0 +1,114 @@
+"""The functions that appear as nodes in a routed graph, besides those of :mod:`diffcr_surgery.tokens`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+
+from diffcr_surgery._tree import flatten
+from diffcr_surgery.axes import parse_axes
+from diffcr_surgery.trace.recorder import rng_state
+from diffcr_surgery.trace.recording import set_rng_state
+
+__all__ = ["blend", "blend_weight", "checkpointed", "gate_update", "take_scores", "without_random_trace"]
+
+
+def take_scores(scores: Tensor, kept: Tensor) -> Tensor:
+    """Return the scores of the kept tokens, ``b n`` -> ``b k``."""
+    return scores.gather(1, kept)
+
+
+def gate_update(tokens: Tensor, processed: Tensor, scores: Tensor, gate: str, pattern: str) -> Tensor:
+    """Scale what the block did to each token by the token's score.
+
+    With x the tokens, y what the block made of them and s their scores, the result is x + g (y - x), where g is ``2 s`` for
+    ``"doubled_sigmoid"``, ``s`` for ``"sigmoid"`` (the paper's form, section 3.1), and 1 with the gradient of s for ``"straight_through"``.
+    At g = 1 it is y bit for bit: ``torch.lerp`` computes y - (1 - g)(y - x) there.
+
+    Args:
+        tokens: x, ``b k c`` or another layout.
+        processed: y, same shape.
+        scores: s, ``b k``.
+        gate: One of the three forms.
+        pattern: Axis pattern of x and y.
+    """
+    if gate == "straight_through":
+        factor = 1.0 + (scores - scores.detach())
+    else:
+        factor = 2.0 * scores if gate == "doubled_sigmoid" else scores
+    axes = parse_axes(pattern)
+    (axis,) = axes.tokens
+    shape = [1] * processed.ndim
+    shape[axis] = factor.shape[1]
+    if axes.batch is not None:
+        shape[axes.batch] = factor.shape[0]
+        factor = factor if axes.batch < axis else factor.T
+    return torch.lerp(tokens.to(processed.dtype), processed, factor.reshape(shape).to(processed.dtype))
+
+
+def blend_weight(table: Tensor, site: int, region: Tensor, lower: float, upper: float) -> Tensor:
+    """Return how far each sample's ratio lies between two bins: 0 at ``lower``, 1 at ``upper``.
+
+    The forward value is held in [0, 1]; the gradient passes the bound, since a ratio starts on it (METHOD: a clamp there stops
+    learning without a sound).
+
+    Args:
+        table: Ratio table ``l r``.
+        site: Row.
+        region: Region of each sample ``b``, or a single one for all.
+        lower: Bin below.
+        upper: Bin above.
+
+    Returns:
+        Weights ``b`` (or one).
+    """
+    weight = (table[site].index_select(0, region) - lower) / (upper - lower)
+    return weight + (weight.clamp(0.0, 1.0) - weight).detach()
+
+
+def blend(lower: Tensor, upper: Tensor, weight: Tensor, batch: int | None) -> Tensor:
+    """Blend the results at two bins linearly; at weight 0 it is ``lower`` bit for bit, at 1 ``upper``.
+
+    Args:
+        lower: Result at the lower ratio.
+        upper: Result at the higher ratio, same shape.
+        weight: Weights ``b``, or one for all.
+        batch: Batch axis of both; ``None`` if they have none.
+    """
+    shape = [1] * lower.ndim
+    if batch is not None:
+        shape[batch] = weight.shape[0]
+    return torch.lerp(lower, upper.to(lower.dtype), weight.reshape(shape).to(lower.dtype))
+
+
+def without_random_trace(block: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Run a block with dropout a second time, and leave the random state as if it had not run.
+
+    The blocks after it then draw what they would draw in the original model.
+    """
+    device = _device_of((args, kwargs))
+    state = rng_state(device)
+    try:
+        return block(*args, **kwargs)
+    finally:
+        set_rng_state(state, device)
+
+
+def _device_of(arguments: Any) -> torch.device:
+    """Return the device a block with these arguments computes on; a stray mask on the CPU does not count."""
+    devices = [tensor.device for tensor in flatten(arguments)[1]]
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+
+
+def checkpointed(run: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Wrap a compiled site so that its activations are recomputed in the backward pass: router, gathers, block and skip together."""
+
+    def site(model: torch.nn.Module, *values: Any) -> Any:
+        return torch.utils.checkpoint.checkpoint(run, model, *values, use_reentrant=False)
+
+    site.__name__ = site.__qualname__ = name
+    return site

@@ -1,0 +1,1 @@
+"""Stage 6, runtime: conversion in place, and the answering of calls."""

@@ -1,0 +1,206 @@
+"""Adapters: routers, ratio table and settings in a folder of kilobytes, as safetensors and JSON, never pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from diffcr_surgery.config import DiffCRConfig
+from diffcr_surgery.errors import AdapterError, ConfigError, ConversionError
+from diffcr_surgery.plan import SurgeryPlan, plan
+from diffcr_surgery.runtime.convert import convert_, restore_, state_of
+from diffcr_surgery.timesteps import TimestepRegions
+
+__all__ = ["load_adapter_", "save_adapter"]
+
+ADAPTER_VERSION = 1
+TENSORS, SETTINGS = "diffcr.safetensors", "diffcr.json"
+MAX_SETTINGS_BYTES = 16 * 1024 * 1024
+
+
+def save_adapter(model: torch.nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Write routers, ratio table and settings of a converted model into a folder.
+
+    Each file is replaced in one step, so that an interrupted save leaves the earlier one whole.
+
+    Args:
+        model: A converted model, not specialised.
+        directory: Folder; made if missing.
+
+    Raises:
+        ConversionError: If the model is not converted, or specialised.
+        AdapterError: If the folder cannot be written.
+
+    Example:
+        >>> from diffusers import DiTTransformer2DModel
+        >>> model = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2, sample_size=8)
+        >>> inputs = {"hidden_states": torch.randn(1, 4, 8, 8), "timestep": torch.tensor([500]), "class_labels": torch.tensor([1])}
+        >>> from diffcr_surgery import convert_
+        >>> save_adapter(convert_(model, inputs), "adapter")
+        >>> sorted(path.name for path in Path("adapter").iterdir())
+        ['diffcr.json', 'diffcr.safetensors']
+    """
+    state = state_of(model)
+    if state.specialized:
+        raise ConversionError("A specialised model has lost the routers that decide nothing; save_adapter before specialize_.")
+    state.ratios()
+    settings = {
+        "version": ADAPTER_VERSION,
+        "model_class": state.plan.model_class,
+        "config": json.loads(state.config.to_json()),
+        "regions": {
+            "argument": state.plan.regions.argument,
+            "low": state.plan.regions.low,
+            "high": state.plan.regions.high,
+        },
+        "sites": _site_rows(state.plan),
+        "target_ratio": state.config.target_ratio,
+        "achieved_ratio": float((state.executed_ratios() * state.region_weights).sum(1).mean()),
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.state_dict().items()}
+    folder = Path(directory)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
+            save_file(tensors, os.path.join(scratch, TENSORS))
+            Path(scratch, SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            for name in (TENSORS, SETTINGS):
+                os.replace(os.path.join(scratch, name), folder / name)
+    except OSError as error:
+        raise AdapterError(f"The adapter could not be written to {folder}: {error}. Choose a folder that can be written.") from error
+
+
+def _site_rows(planned: SurgeryPlan) -> list[dict[str, Any]]:
+    return [
+        {"path": site.path, "occurrence": site.occurrence, "block_class": site.block_class, "width": site.width}
+        for site in planned.routed_sites
+    ]
+
+
+def load_adapter_(model: torch.nn.Module, directory: str | os.PathLike[str], example_inputs: Any) -> torch.nn.Module:
+    """Convert a model and give it the routers and ratios of a saved adapter, in place.
+
+    Everything is read and checked before the model is touched.
+
+    Args:
+        model: A model of the class, and with the blocks, the adapter was trained on; not converted.
+        directory: Folder written by :func:`save_adapter`.
+        example_inputs: As for :func:`plan`.
+
+    Returns:
+        The same object, converted.
+
+    Raises:
+        AdapterError: If the folder is missing or damaged, or the adapter belongs to another model.
+        ConversionError: If the model is converted already.
+
+    Example:
+        >>> from diffusers import DiTTransformer2DModel
+        >>> model = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2, sample_size=8)
+        >>> inputs = {"hidden_states": torch.randn(1, 4, 8, 8), "timestep": torch.tensor([500]), "class_labels": torch.tensor([1])}
+        >>> from diffcr_surgery import DiffCRConfig, convert_, ratio_table, restore_
+        >>> save_adapter(convert_(model, inputs, DiffCRConfig(initial_ratio=0.5)), "adapter")
+        >>> model = load_adapter_(restore_(model), "adapter", inputs)
+        >>> ratio_table(model).flatten().tolist()
+        [0.5, 0.5]
+    """
+    if hasattr(model, "diffcr"):
+        raise ConversionError(f"This {type(model).__name__} is converted already; call restore_(model) before loading an adapter.")
+    folder = Path(directory)
+    settings = _read_settings(folder)
+    config = _read_config(folder, settings)
+    tensors = _read_tensors(folder)
+    if settings["model_class"] != f"{type(model).__module__}.{type(model).__qualname__}":
+        raise AdapterError(
+            f"The adapter in {folder} was trained on a {settings['model_class']}; this is a "
+            f"{type(model).__module__}.{type(model).__qualname__}. Load it into a model of that class."
+        )
+    planned = plan(model, example_inputs, config)
+    if _site_rows(planned) != settings["sites"]:
+        raise AdapterError(
+            f"The adapter in {folder} belongs to a model with the routed blocks {[row['path'] for row in settings['sites']]} of width "
+            f"{sorted({row['width'] for row in settings['sites']})}; this one has {[site.path for site in planned.routed_sites]} of width "
+            f"{sorted({site.width for site in planned.routed_sites})}. Load the base model it was trained on."
+        )
+    convert_(model, planned)
+    try:
+        _fill(model, tensors, folder)
+    except BaseException:
+        restore_(model)
+        raise
+    return model
+
+
+def _fill(model: torch.nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    state = state_of(model)
+    wanted = {name: tuple(tensor.shape) for name, tensor in state.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if wanted != given:
+        wrong = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
+        raise AdapterError(
+            f"{folder / TENSORS} does not fit its settings: {wrong[:5]} are missing, extra, or of another shape. Save it anew."
+        )
+    broken = sorted(name for name, t in tensors.items() if not t.is_floating_point() or not bool(t.isfinite().all()))
+    if broken:
+        raise AdapterError(f"{folder / TENSORS}: {broken} hold values that are no finite numbers; the file is damaged. Save it anew.")
+    table, limit = tensors["ratio_table"], state.config.max_ratio
+    if bool(((table < 0) | (table > limit + 1e-6)).any()):
+        raise AdapterError(f"{folder / TENSORS}: ratio_table holds ratios outside [0, {limit:g}]; the file is damaged. Save it anew.")
+    state.load_state_dict(tensors)
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    path = folder / SETTINGS
+    try:
+        if path.stat().st_size > MAX_SETTINGS_BYTES:
+            raise AdapterError(
+                f"{path} is larger than any adapter's settings ({MAX_SETTINGS_BYTES} bytes); this is no adapter of this package."
+            )
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(f"{folder} holds no {SETTINGS}; give the folder that save_adapter(model, folder) wrote.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} cannot be read as JSON ({error}); the file is damaged. Save the adapter anew.") from error
+    if not isinstance(settings, dict) or settings.get("version") != ADAPTER_VERSION:
+        found = settings.get("version") if isinstance(settings, dict) else None
+        raise AdapterError(
+            f"{path} has adapter version {found!r}; this release reads version {ADAPTER_VERSION}. Save it anew with this release."
+        )
+    rows = settings.get("sites")
+    keys = {"path": str, "occurrence": int, "block_class": str, "width": int}
+    sound = isinstance(rows, list) and all(
+        isinstance(row, dict) and row.keys() == keys.keys() and all(isinstance(row[k], kind) for k, kind in keys.items()) for row in rows
+    )
+    if not sound or not isinstance(settings.get("model_class"), str):
+        raise AdapterError(f"{path} lacks its sites or model class; the file is damaged. Save the adapter anew.")
+    return settings
+
+
+def _read_config(folder: Path, settings: dict[str, Any]) -> DiffCRConfig:
+    """Return the saved settings, with the timestep argument and range that were settled at conversion."""
+    try:
+        config = DiffCRConfig.from_dict(settings.get("config"))
+        regions = settings["regions"]
+        if config.timestep_regions == 1:
+            return config
+        settled = TimestepRegions(config.timestep_regions, regions["argument"], float(regions["low"]), float(regions["high"]))
+        argument = settled.argument or "auto"
+        return DiffCRConfig.from_dict({**settings["config"], "timestep_argument": argument, "timestep_range": [settled.low, settled.high]})
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"{folder / SETTINGS} holds settings that cannot be used: {error}. Save the adapter anew.") from error
+
+
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    path = folder / TENSORS
+    if not path.is_file():
+        raise AdapterError(f"{folder} holds no {TENSORS}; give the folder that save_adapter(model, folder) wrote.")
+    try:
+        return dict(load_file(path))
+    except Exception as error:  # safetensors raises its own error, and others for what the system reports
+        raise AdapterError(f"{path} cannot be read ({error}); the file is damaged or cut short. Save the adapter anew.") from error

@@ -1,0 +1,182 @@
+"""Move tokens: choose the kept ones, gather them from any layout, put them back.
+
+Shapes: ``b`` samples, ``n`` tokens, ``k`` kept tokens, ``c`` channels. ``kept`` is always ``b k``, an index into the tokens per sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from diffcr_surgery._tree import fill, flatten, map_leaves
+from diffcr_surgery.axes import Axes, parse_axes
+from diffcr_surgery.errors import AlignmentError
+
+__all__ = ["gather_tokens", "keep_tokens", "kept_count", "per_sample", "rank_tokens", "scatter_tokens", "scatter_tokens_"]
+
+_ROUNDING = 1e-6  # (1 - 0.7) * 10 is 3.0000000000000004 in floating point, and k must be 3
+
+
+def kept_count(ratio: float, tokens: int) -> int:
+    """Return k = ⌈(1 - ratio) · tokens⌉, at least 1.
+
+    Example:
+        >>> kept_count(0.7, 10), kept_count(0.9, 4), kept_count(0.0, 5)
+        (3, 1, 5)
+    """
+    return max(1, min(tokens, math.ceil((1.0 - ratio) * tokens - _ROUNDING)))
+
+
+def rank_tokens(scores: Tensor) -> Tensor:
+    """Return token indices from most to least important, ``b n`` -> ``b n``; ties go to the lower index.
+
+    The first k of them are the kept tokens, so kept sets of rising k are nested.
+    """
+    return scores.argsort(dim=-1, descending=True, stable=True)
+
+
+def keep_tokens(order: Tensor, count: int) -> Tensor:
+    """Return the ``count`` most important tokens of a ranking, ``b n`` -> ``b k``."""
+    return order[:, :count]
+
+
+def _rows(kept: Tensor, tokens: int) -> Tensor:
+    """Return indices ``b k`` as row numbers ``(b k)`` of a stream flattened to ``(b n) c``."""
+    start = torch.arange(0, kept.shape[0] * tokens, tokens, device=kept.device)
+    return rearrange(kept + start[:, None], "b k -> (b k)")
+
+
+def _stretched(kept: Tensor, word: str, size: int, tokens: int) -> Tensor:
+    """Return the index into an axis of ``size``: the kept tokens, and every entry of a prefix or suffix."""
+    if word == "n":
+        return kept
+    fixed = torch.arange(size - tokens, device=kept.device).expand(kept.shape[0], -1)
+    if word == "m+n":
+        return torch.cat([fixed, kept + (size - tokens)], dim=1)
+    return torch.cat([kept, fixed + tokens], dim=1)
+
+
+def _check(x: Tensor, axes: Axes, tokens: int, pattern: str) -> None:
+    sizes_fit = all(
+        x.shape[axis] == tokens if axes.words[axis] == "n" else x.shape[axis] >= tokens for axis in axes.tokens if axis < x.ndim
+    )
+    if x.ndim != len(axes.words) or not sizes_fit:
+        raise AlignmentError(
+            f"A tensor of shape {tuple(x.shape)} does not fit the axes {pattern!r} with n = {tokens}. The block got arguments of another "
+            "form than those it was planned with; plan again with these inputs, or register a BlockPattern."
+        )
+
+
+def gather_tokens(x: Tensor, kept: Tensor, pattern: str, tokens: int) -> Tensor:
+    """Keep the chosen tokens of ``x`` along every token axis of its pattern.
+
+    Args:
+        x: Any tensor, such as a stream ``b n c`` or a rotary table ``m+n d``.
+        kept: Indices ``b k``.
+        pattern: Axis pattern of ``x``. Without a batch axis, all of ``kept`` must be one sample (see :func:`per_sample`).
+        tokens: n.
+
+    Example:
+        >>> x = torch.arange(6.0).reshape(1, 3, 2)
+        >>> gather_tokens(x, torch.tensor([[2, 0]]), "b n c", 3)[0, :, 0].tolist()
+        [4.0, 0.0]
+    """
+    axes = parse_axes(pattern)
+    _check(x, axes, tokens, pattern)
+    for axis in axes.tokens:
+        index = _stretched(kept, axes.words[axis], x.shape[axis], tokens)
+        x = _select(x, index, axis, axes.batch)
+    return x
+
+
+def _select(x: Tensor, index: Tensor, axis: int, batch: int | None) -> Tensor:
+    if batch is None or index.shape[0] == 1:
+        if index.shape[0] != 1:
+            raise AlignmentError(f"A tensor without a batch axis cannot be gathered for {index.shape[0]} samples at once.")
+        return x.index_select(axis, index[0])
+    if x.shape[batch] == 1:
+        x = x.expand(*(index.shape[0] if i == batch else -1 for i in range(x.ndim)))
+    ahead = x.movedim((batch, axis), (0, 1))
+    size = ahead.shape[1]
+    picked = rearrange(ahead, "b n ... -> (b n) ...").index_select(0, _rows(index, size))
+    return rearrange(picked, "(b k) ... -> b k ...", b=index.shape[0]).movedim((0, 1), (batch, axis))
+
+
+def scatter_tokens(stream: Tensor, update: Tensor, kept: Tensor, pattern: str) -> Tensor:
+    """Put processed tokens back: the skip connection that carries bypassed tokens round the block.
+
+    Args:
+        stream: The tokens as they entered, ``b n c`` or another layout with a token axis.
+        update: The kept tokens as they left, same layout with k in place of n.
+        kept: Indices ``b k``.
+        pattern: Axis pattern of both.
+
+    Returns:
+        A new tensor like ``stream``; a bypassed token is bit for bit what it was.
+    """
+    axes = parse_axes(pattern)
+    (axis,) = axes.tokens
+    if axes.batch is None:
+        return stream.index_copy(axis, kept[0], update.to(stream.dtype))
+    order = (axes.batch, axis)
+    whole, part = stream.movedim(order, (0, 1)), update.to(stream.dtype).movedim(order, (0, 1))
+    rows = rearrange(whole, "b n ... -> (b n) ...")
+    merged = rows.index_copy(0, _rows(kept, whole.shape[1]), rearrange(part, "b k ... -> (b k) ..."))
+    return rearrange(merged, "(b n) ... -> b n ...", b=whole.shape[0]).movedim((0, 1), order)
+
+
+def scatter_tokens_(stream: Tensor, update: Tensor, kept: Tensor, pattern: str) -> Tensor:
+    """Put processed tokens back into ``stream`` itself; see :func:`scatter_tokens`. For streams that no one else reads."""
+    axes = parse_axes(pattern)
+    (axis,) = axes.tokens
+    if axes.batch is None:
+        return stream.index_copy_(axis, kept[0], update.to(stream.dtype))
+    if (axes.batch, axis) != (0, 1) or not stream.is_contiguous():
+        return scatter_tokens(stream, update, kept, pattern)
+    rows = stream.view(-1, *stream.shape[2:])
+    rows.index_copy_(0, _rows(kept, stream.shape[1]), update.to(stream.dtype).flatten(0, 1))
+    return stream
+
+
+def per_sample(
+    block: Callable[..., Any], args: Any, kwargs: Any, patterns: dict[str, str], kept: Tensor, tokens: int, batch: int = 0
+) -> Any:
+    """Gather and run ``block`` sample by sample, for arguments that are indexed by token but shared by all samples.
+
+    Each sample keeps other tokens, so a rotary table ``n d`` that all share has no common gathered form. The block sees batches of one.
+
+    Args:
+        block: The block.
+        args: Positional arguments, not yet gathered.
+        kwargs: Keyword arguments, not yet gathered.
+        patterns: Dotted path in ``(args, kwargs)`` -> axis pattern; ``"b"`` alone marks an argument that is only cut into samples.
+        kept: Indices ``b k``.
+        tokens: n.
+        batch: Axis along which the samples' outputs are joined.
+
+    Returns:
+        The block's output.
+    """
+    outputs = []
+    for index in range(kept.shape[0]):
+
+        def cut(path: str, leaf: Any, index: int = index) -> Any:
+            return _one_sample(leaf, patterns[path], kept, index, tokens) if path in patterns else leaf
+
+        own_args, own_kwargs = map_leaves((args, kwargs), cut)
+        outputs.append(block(*own_args, **own_kwargs))
+    parts = [flatten(output) for output in outputs]
+    return fill(parts[0][2], [torch.cat(tensors, batch) for tensors in zip(*(tensors for _, tensors, _ in parts), strict=True)])
+
+
+def _one_sample(x: Tensor, pattern: str, kept: Tensor, index: int, tokens: int) -> Tensor:
+    axes = parse_axes(pattern)
+    batch = axes.batch
+    if batch is not None and x.shape[batch] > 1:
+        x = x.narrow(batch, index, 1)
+    return gather_tokens(x, kept[index : index + 1], pattern, tokens) if axes.tokens else x

@@ -1,0 +1,117 @@
+"""Which recorded module calls may be transformer blocks.
+
+Judged by what ran, not by names: a call that takes a token stream and returns one of the same shape, that mixes tokens, and that holds an
+MLP; and no call inside it does the same. The innermost such call is the block: a container of blocks never is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+
+from diffcr_surgery._tree import flatten, freeze, map_leaves
+from diffcr_surgery.trace.recorder import Frame, FunctionEvent, Meta, Recorder, Ref, function_name
+
+__all__ = ["block_candidates", "block_kind", "refs_of", "stream_pairs"]
+
+_ATTENTION = frozenset(
+    "scaled_dot_product_attention softmax multi_head_attention_forward flex_attention _native_multi_head_attention "
+    "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention flash_attn_func flash_attn_varlen_func".split()
+)
+_PRODUCTS = frozenset("matmul __matmul__ __rmatmul__ bmm baddbmm einsum".split())
+# Gates of attention and of adaptive norms use these too, so they count as an MLP only where they widen the stream.
+_WIDENING = frozenset("relu relu_ elu sigmoid sigmoid_ tanh leaky_relu".split())
+_ACTIVATIONS = frozenset("gelu silu silu_ glu mish hardswish quick_gelu".split()) | _WIDENING
+
+
+def refs_of(tree: Any) -> dict[str, int]:
+    """Return dotted path -> number of every logged tensor in ``tree``."""
+    found: dict[str, int] = {}
+
+    def visit(path: str, leaf: Any) -> None:
+        if isinstance(leaf, Ref):
+            found[path] = leaf.value
+
+    map_leaves(tree, visit)
+    return found
+
+
+def _is_stream(meta: Meta) -> bool:
+    return len(meta.shape) in (2, 3) and meta.dtype.is_floating_point
+
+
+def stream_pairs(recorder: Recorder, frame: Frame) -> list[tuple[str, str]]:
+    """Return the (argument path, output path) pairs of equal stream shape; ``""`` is a lone output."""
+    metas = recorder.meta
+    inputs = {path: metas[value] for path, value in refs_of((frame.args, frame.kwargs)).items()}
+    outputs = {path: metas[value] for path, value in refs_of(frame.output).items()}
+    return [(a, b) for a, given in inputs.items() for b, made in outputs.items() if _is_stream(given) and given == made]
+
+
+def _mixes(recorder: Recorder, event: FunctionEvent) -> bool:
+    name = function_name(event.function)
+    if name in _ATTENTION:
+        return True
+    operands = [value for value in refs_of((event.args, event.kwargs)).values() if value not in recorder.fresh]
+    return name in _PRODUCTS and len(operands) >= 2
+
+
+def _activates(recorder: Recorder, event: FunctionEvent, stream: int) -> bool:
+    name = function_name(event.function)
+    if name not in _ACTIVATIONS:
+        return False
+    size = max(
+        (torch.Size(recorder.meta[value].shape).numel() for value in refs_of((event.args, event.kwargs)).values()),
+        default=0,
+    )
+    return size > stream if name in _WIDENING else size >= stream
+
+
+def _qualifies(recorder: Recorder, frame: Frame) -> bool:
+    pairs = stream_pairs(recorder, frame)
+    if not pairs:
+        return False
+    arguments = refs_of((frame.args, frame.kwargs))
+    stream = min(torch.Size(recorder.meta[arguments[path]].shape).numel() for path, _ in pairs)
+    functions = [event for event in frame.walk() if isinstance(event, FunctionEvent)]
+    return any(_mixes(recorder, e) for e in functions) and any(_activates(recorder, e, stream) for e in functions)
+
+
+def block_candidates(recorder: Recorder, root: Frame) -> set[int]:
+    """Return ``id`` of each module whose call is the innermost that looks like a transformer block."""
+    blocks: set[int] = set()
+
+    def visit(frame: Frame) -> bool:
+        inner = [visit(event) for event in frame.events if isinstance(event, Frame)]
+        if any(inner):
+            return True
+        if frame is root or not _qualifies(recorder, frame):
+            return False
+        blocks.add(id(frame.module))
+        return True
+
+    visit(root)
+    return blocks
+
+
+def _structure(module: torch.nn.Module) -> Hashable:
+    plain = (bool, int, float, str)
+    return tuple(
+        (
+            name,
+            type(m),
+            tuple((k, v) for k, v in vars(m).items() if type(v) in plain),
+            tuple(p.shape for p in m.parameters(recurse=False)),
+        )
+        for name, m in module.named_modules()
+    )
+
+
+def block_kind(recorder: Recorder, frame: Frame) -> Hashable:
+    """Return what two block calls must share for one proof to serve both: structure of the module and of its arguments."""
+    _, _, template = flatten((frame.args, frame.kwargs))
+    shapes = tuple((path, recorder.meta[value]) for path, value in refs_of(template).items())
+    anonymous = map_leaves(template, lambda _, leaf: None if isinstance(leaf, Ref) else leaf)
+    return (_structure(frame.module), freeze(anonymous), shapes)

@@ -1,0 +1,295 @@
+"""Fold a recorded run into a ``torch.fx.Graph`` in which blocks, and modules without blocks, are single nodes."""
+
+from __future__ import annotations
+
+import operator
+import types
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from diffcr_surgery._tree import is_dataclass_value, map_leaves
+from diffcr_surgery.errors import TraceError
+from diffcr_surgery.trace.recorder import Effect, Frame, FunctionEvent, Recorder, Ref, function_name
+
+__all__ = ["BuiltGraph", "StaleRecordingError", "build", "expect"]
+
+_INLINE = (
+    int,
+    float,
+    bool,
+    str,
+    complex,
+    type(None),
+    type(Ellipsis),
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
+
+
+class StaleRecordingError(Exception):
+    """A value that the recording was specialised on came out differently; the caller records again."""
+
+
+def expect(value: Any, recorded: Any) -> None:
+    """Guard node: stop the run if a value read out of a tensor is not the recorded one."""
+    same = value == recorded
+    if not (same if isinstance(same, bool) else bool(getattr(same, "all", lambda: same)())):
+        raise StaleRecordingError(f"recorded {recorded!r}, now {value!r}")
+
+
+@dataclass
+class BuiltGraph:
+    """A graph at block granularity.
+
+    Attributes:
+        graph: One placeholder per input tensor, then one per constant; the output is the tuple of output tensors.
+        constants: Values of the constant placeholders: tensors and objects that stem from neither inputs nor parameters.
+        output: The output's structure with a slot for each tensor.
+        frames: The recorded call of each ``call_module`` node.
+    """
+
+    graph: fx.Graph
+    constants: list[Any]
+    output: Any
+    frames: dict[fx.Node, Frame] = field(default_factory=dict)
+
+
+class _LeakError(Exception):
+    """A tensor made inside a leaf module is used outside without having been returned."""
+
+
+class _Builder:
+    def __init__(self, recorder: Recorder, root: Frame, leaves: Collection[int]) -> None:
+        self.recorder = recorder
+        self.root = root
+        self.leaves = leaves
+        self.graph = fx.Graph()
+        self.nodes: dict[int, fx.Node] = {}
+        self.frames: dict[fx.Node, Frame] = {}
+        self.constants: list[Any] = []
+        self.constant_nodes: dict[int, fx.Node] = {}
+        self.last_placeholder: fx.Node | None = None
+        self.grad = root.grad
+        self.names = {id(tensor): name for name, tensor in root.module.named_buffers(remove_duplicate=False)}
+        self.names.update({id(tensor): name for name, tensor in root.module.named_parameters(remove_duplicate=False)})
+
+    # --- operands ------------------------------------------------------------------------------------------------
+    def node_of(self, value: int) -> fx.Node:
+        here: int | None = value
+        while here is not None:
+            if here in self.nodes:
+                return self.nodes[here]
+            if here in self.recorder.fresh:
+                return self._fresh(here)
+            here = self.recorder.alias.get(here)
+        raise _LeakError(value)
+
+    def _fresh(self, value: int) -> fx.Node:
+        tensor = self.recorder.fresh[value]
+        name = self.names.get(id(tensor))
+        if name is None:
+            node = self._constant(tensor, "constant")
+        else:
+            node = self.graph.get_attr(name)
+        self.nodes[value] = node
+        return node
+
+    def _constant(self, value: Any, hint: str) -> fx.Node:
+        if id(value) not in self.constant_nodes:
+            self.constants.append(value)
+            after = self.last_placeholder
+            with self.graph.inserting_after(after) if after else self.graph.inserting_before(next(iter(self.graph.nodes), None)):
+                node = self.graph.placeholder(f"{hint}_{len(self.constants) - 1}")
+            self.last_placeholder = self.constant_nodes[id(value)] = node
+        return self.constant_nodes[id(value)]
+
+    def operand(self, tree: Any) -> Any:
+        """Turn a logged argument into an fx argument: nodes for tensors, constants for opaque objects."""
+        if isinstance(tree, Ref):
+            return self.node_of(tree.value)
+        if is_dataclass_value(tree):
+            fields = {name: self.operand(value) for name, value in vars(tree).items() if not name.startswith("_")}
+            return self.graph.call_function(type(tree), kwargs=fields)
+        if isinstance(tree, tuple):
+            items = tuple(map(self.operand, tree))
+            return type(tree)(*items) if hasattr(tree, "_fields") else items
+        if isinstance(tree, list):
+            return [self.operand(item) for item in tree]
+        if isinstance(tree, dict) and all(isinstance(key, str) for key in tree):
+            return {key: self.operand(value) for key, value in tree.items()}
+        if isinstance(tree, slice):
+            return slice(self.operand(tree.start), self.operand(tree.stop), self.operand(tree.step))
+        if type(tree) in _INLINE or isinstance(tree, (torch.dtype, torch.device, torch.layout, torch.memory_format)):
+            return tree
+        return self._constant(tree, "object")
+
+    def assign(self, node: fx.Node, output: Any) -> None:
+        """Let the tensors of a logged output be known as ``node``, or as items taken out of it."""
+        if isinstance(output, Ref):
+            self.nodes[output.value] = node
+            meta = self.recorder.meta[output.value]
+            node.meta["shape"], node.meta["dtype"] = meta.shape, meta.dtype
+        elif is_dataclass_value(output):
+            for name, value in vars(output).items():
+                if _holds_ref(value):
+                    self.assign(self.graph.call_function(getattr, (node, name)), value)
+        elif isinstance(output, (tuple, list)):
+            for index, value in enumerate(output):
+                if _holds_ref(value):
+                    self.assign(self.graph.call_function(operator.getitem, (node, index)), value)
+        elif isinstance(output, dict):
+            for key, value in output.items():
+                if _holds_ref(value):
+                    self.assign(self.graph.call_function(operator.getitem, (node, key)), value)
+
+    # --- events --------------------------------------------------------------------------------------------------
+    def emit(self, frame: Frame) -> None:
+        for event in frame.events:
+            if isinstance(event, FunctionEvent):
+                self._state(event, function_name(event.function))
+                self._function(event)
+            elif id(event.module) in self.leaves:
+                self._state(event, event.path)
+                node = self.graph.call_module(event.path, self.operand(event.args), self.operand(event.kwargs))
+                self.frames[node] = event
+                self.assign(node, event.output)
+            else:
+                self.emit(event)
+
+    def _state(self, event: FunctionEvent | Frame, what: str) -> None:
+        if event.autocast != self.root.autocast:
+            raise TraceError(
+                f"{what} runs under another autocast state than the model itself ({event.autocast} inside, {self.root.autocast} outside). "
+                "Move the autocast region into a submodule, which is kept whole, or run the whole model under autocast."
+            )
+        if event.grad != self.grad:
+            self.graph.call_function(torch._C._set_grad_enabled, (event.grad,))
+            self.grad = event.grad
+
+    def _function(self, event: FunctionEvent) -> None:
+        args, kwargs = self.operand(event.args), self.operand(event.kwargs)
+        node = self._call(event.function, args, kwargs)
+        if event.effect == Effect.READS:
+            inline = type(event.output) in (*_INLINE, list, tuple)
+            if not inline and type(event.output).__module__ != "numpy":
+                raise TraceError(
+                    f"The model's forward passes a tensor to {function_name(event.function)}, which returns a "
+                    f"{type(event.output).__name__}; no recording can tell whether its content changed. Move that part "
+                    "into a submodule, which is kept whole."
+                )
+            recorded = self.operand(event.output) if inline else self._constant(event.output, "object")
+            self.graph.call_function(expect, (node, recorded))
+        else:
+            self.assign(node, event.output)
+
+    def _call(self, function: Any, args: Any, kwargs: Any) -> fx.Node:
+        name = function_name(function)
+        if getattr(function, "__name__", "") == "__get__":
+            return self.graph.call_function(getattr, (args[0], name))
+        if getattr(function, "__name__", "") == "__set__":
+            return self.graph.call_function(setattr, (args[0], name, args[1]))
+        if name in ("__getitem__", "__setitem__"):
+            return self.graph.call_function(getattr(operator, name.strip("_")), args, kwargs)
+        method = isinstance(function, (types.MethodDescriptorType, types.WrapperDescriptorType))
+        method |= getattr(function, "__qualname__", "").startswith("Tensor.")
+        if method and hasattr(torch.Tensor, name) and args and isinstance(args[0], fx.Node):
+            return self.graph.call_method(name, args, kwargs)
+        return self.graph.call_function(function, args, kwargs)
+
+
+def _holds_ref(tree: Any) -> bool:
+    found: list[bool] = []
+    map_leaves(tree, lambda _, leaf: found.append(isinstance(leaf, Ref)))
+    return any(found)
+
+
+def _leaves(root: Frame, blocks: Collection[int]) -> set[int]:
+    """Modules called as one node: the blocks, and whatever holds none of them."""
+    holders = {id(outer) for outer in root.module.modules() if any(id(m) in blocks for m in outer.modules())}
+    return {id(m) for m in root.module.modules() if m is not root.module and (id(m) in blocks or id(m) not in holders)}
+
+
+def build(recorder: Recorder, root: Frame, inputs: list[tuple[str, torch.Tensor]], output: Any, blocks: Collection[int]) -> BuiltGraph:
+    """Fold the log of a run into a graph.
+
+    Args:
+        recorder: The recorder of the run.
+        root: Its root frame.
+        inputs: Name and tensor of each input, in placeholder order.
+        output: The run's output structure with slots, in the order of the refs in ``root.output``.
+        blocks: ``id`` of each module that is to be one node although it may hold others.
+
+    Raises:
+        TraceError: If a block hands a tensor to its surroundings other than by returning it.
+    """
+    leaves = _leaves(root, blocks)
+    while True:
+        builder = _Builder(recorder, root, leaves)
+        try:
+            return _fold(builder, inputs, output)
+        except _LeakError as leak:
+            culprit = _maker(root, leak.args[0], leaves)
+            if culprit is None or id(culprit.module) in blocks:
+                where = culprit.path if culprit else "an unknown place"
+                raise TraceError(
+                    f"A tensor made inside {where} is used outside of it without being returned; a recording cannot "
+                    "cut the module there. Return the tensor from the module's forward."
+                ) from None
+            leaves = leaves - {id(m) for m in culprit.module.modules()} | {id(m) for m in culprit.module.children()}
+
+
+def _maker(frame: Frame, value: int, leaves: Collection[int]) -> Frame | None:
+    """Return the leaf frame inside which tensor ``value`` was made."""
+    for event in frame.walk():
+        if isinstance(event, Frame) and id(event.module) in leaves:
+            for inner in event.walk():
+                if _mentions(inner.output, value):
+                    return event
+    return None
+
+
+def _mentions(tree: Any, value: int) -> bool:
+    found: list[bool] = []
+    map_leaves(tree, lambda _, leaf: found.append(isinstance(leaf, Ref) and leaf.value == value))
+    return any(found)
+
+
+def _fold(builder: _Builder, inputs: list[tuple[str, torch.Tensor]], output: Any) -> BuiltGraph:
+    seen: set[int] = set()
+    for name, tensor in inputs:
+        node = builder.last_placeholder = builder.graph.placeholder(name.replace(".", "_"))
+        node.meta["shape"], node.meta["dtype"] = tuple(tensor.shape), tensor.dtype
+        value = builder.recorder.number(tensor) if id(tensor) not in seen else None
+        seen.add(id(tensor))
+        if value is not None:
+            builder.nodes[_first(builder.recorder, value)] = node
+    builder.emit(builder.root)
+    results: list[fx.Node] = []
+    map_leaves(
+        builder.root.output,
+        lambda _, leaf: results.append(builder.node_of(leaf.value)) if isinstance(leaf, Ref) else None,
+    )
+    builder.graph.output(tuple(results))
+    _drop_unused_items(builder.graph)
+    builder.graph.lint()
+    return BuiltGraph(builder.graph, builder.constants, output, builder.frames)
+
+
+def _first(recorder: Recorder, value: int) -> int:
+    while value in recorder.alias:
+        value = recorder.alias[value]
+    return value
+
+
+def _drop_unused_items(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and node.target in (operator.getitem, getattr) and not node.users:
+            graph.erase_node(node)
+        elif node.op == "get_attr" and not node.users:
+            graph.erase_node(node)

@@ -1,0 +1,105 @@
+"""Print the figures of the README's section "Measured", as Markdown, from this machine and a finished demo.
+
+    python -m diffcr_surgery demo --out demo-out
+    python recipes/figures.py demo-out
+
+Run it on an idle machine. What is compared is timed in turns, and medians are reported.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import DiTTransformer2DModel
+
+import diffcr_surgery as dcs
+
+ROUNDS = 7
+
+
+def timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def in_turns(*calls: Callable[[], object], rounds: int = ROUNDS) -> list[float]:
+    """Median seconds of each call, the calls taking turns."""
+    for call in calls:
+        call()
+    seconds = [[timed(call) for call in calls] for _ in range(rounds)]
+    return [statistics.median(column) for column in zip(*seconds, strict=True)]
+
+
+def denoiser(layers: int) -> DiTTransformer2DModel:
+    """A DiT of width 384 on 256 tokens, as in DiT-S/2 at 256 x 256 pixels."""
+    return DiTTransformer2DModel(
+        num_layers=layers, num_attention_heads=6, attention_head_dim=64, in_channels=4, sample_size=32, patch_size=2
+    ).eval()
+
+
+def inputs(batch: int) -> dict[str, torch.Tensor]:
+    labels, timestep = torch.zeros(batch, dtype=torch.long), torch.full((batch,), 500)
+    return {"hidden_states": torch.randn(batch, 4, 32, 32), "timestep": timestep, "class_labels": labels}
+
+
+@torch.no_grad()
+def conversion_time(batch: int) -> float:
+    """Time of planning and converting a 12-layer model, in forwards of the dense one."""
+    model, example = denoiser(12), inputs(batch)
+    config = dcs.DiffCRConfig(target_ratio=0.2, timestep_regions=4)
+    forward, both = in_turns(lambda: model(**example), lambda: dcs.restore_(dcs.convert_(model, example, config)))
+    return both / forward
+
+
+@torch.no_grad()
+def call_overhead(batch: int) -> float:
+    """Time of a converted model at ratio 0, in forwards of the dense one."""
+    model, twin, example = denoiser(12), denoiser(12), inputs(batch)
+    dcs.convert_(twin, example, dcs.DiffCRConfig(timestep_regions=4))
+    dense, converted = in_turns(lambda: model(**example), lambda: twin(**example), rounds=3 * ROUNDS)
+    return converted / dense
+
+
+def import_seconds() -> float:
+    """Median time of importing the package in a fresh interpreter, torch already there."""
+    code = "import time, torch; t = time.perf_counter(); import diffcr_surgery; print(time.perf_counter() - t)"
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(ROUNDS)]
+    return statistics.median(float(run.stdout) for run in runs)
+
+
+def demo_table(report: dict[str, float]) -> str:
+    rows = ["| | achieved ratio | held-out loss | FLOPs | latency | speed-up | ideal |", "|---|---|---|---|---|---|---|"]
+    for title, name in (("dense", "dense"), ("uniform", "uniform"), ("DiffCR, 6 layers × 4 regions", "routed")):
+        achieved = {"dense": 0.0, "uniform": report["achieved_ratio_uniform"], "routed": report["achieved_ratio"]}[name]
+        speed_up = report["latency_dense_ms"] / report[f"latency_{name}_ms"]
+        ideal = report["flops_dense"] / report[f"flops_{name}"]
+        rows.append(
+            f"| {title} | {achieved:.3f} | {report[f'loss_{name}']:.4f} | {report[f'flops_{name}'] / 1e9:.2f} G | "
+            f"{report[f'latency_{name}_ms']:.1f} ms | {speed_up:.2f}× | {ideal:.2f}× |"
+        )
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print the README's figures as Markdown.")
+    parser.add_argument("demo", type=Path, metavar="DIR", help="folder that `python -m diffcr_surgery demo --out DIR` wrote")
+    report = json.loads((parser.parse_args().demo / "report.json").read_text(encoding="utf-8"))
+    print(f"On {report['device']}, {report['threads']} threads, torch {report['torch']}; batch {report['latency_batch']}, one seed:\n")
+    print(demo_table(report))
+    batches = (1, 8)
+    times = ", ".join(f"{conversion_time(batch):.1f} (batch {batch})" for batch in batches)
+    print(f"\n- Planning and converting a DiT of 12 layers, 384 wide, 256 tokens: {times} dense forwards.")
+    overheads = ", ".join(f"{call_overhead(batch):.3f}× (batch {batch})" for batch in batches)
+    print(f"- The same model converted, every ratio at 0, against dense: {overheads}.")
+    print(f"- `import diffcr_surgery` beyond torch: {import_seconds():.2f} s.")
+
+
+if __name__ == "__main__":
+    main()

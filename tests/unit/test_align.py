@@ -1,0 +1,213 @@
+"""Alignment: found by the smallest set that has to move, proven by permutation, refused where tokens are no set."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from diffcr_surgery.align import align_block
+from diffcr_surgery.trace.recording import BlockSample
+
+WIDTH = 8
+
+
+class Base(nn.Module):
+    """Self-attention and an MLP, both behind a zero-initialised gate, as in adaLN-zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+        self.gate = nn.Parameter(torch.zeros(WIDTH))
+
+    def attend(self, x, keys=None, mask=None, turn=None):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if turn is not None:
+            q, k = q * turn, k * turn
+        if keys is not None:
+            k, v = torch.cat([keys, k], 1), torch.cat([keys, v], 1)
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    def finish(self, x, attended):
+        x = x + self.gate * attended
+        return x + self.gate * self.mlp(x)
+
+
+class Plain(Base):
+    def forward(self, x, c):
+        return self.finish(x, self.attend(x) + c[:, None])
+
+
+class CrossAttention(Base):
+    def forward(self, x, text):
+        return self.finish(x, self.attend(x, keys=text))
+
+
+class Rotary(Base):
+    def forward(self, x, table):
+        return self.finish(x, self.attend(x, turn=table))
+
+
+class Masked(Base):
+    def forward(self, x, mask):
+        return self.finish(x, self.attend(x, mask=mask))
+
+
+class PerToken(Base):
+    def forward(self, x, c):
+        return self.finish(x * (1 + c), self.attend(x))
+
+
+class Joint(Base):
+    """Text and image in one attention; the table covers both, text first."""
+
+    def forward(self, text, x, table):
+        both = torch.cat([text, x], 1)
+        both = self.finish(both, self.attend(both, turn=table))
+        return both[:, : text.shape[1]], both[:, text.shape[1] :]
+
+
+class Convolution(Base):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH)
+
+    def forward(self, x):
+        return self.finish(x, self.attend(x)) + self.gate * self.conv(x.transpose(1, 2)).transpose(1, 2)
+
+
+class Positions(Base):
+    def forward(self, x):
+        return self.finish(x, self.attend(x + 0.1 * torch.arange(x.shape[1], dtype=x.dtype)[None, :, None]))
+
+
+class TimeFirst(Base):
+    def forward(self, x):
+        return self.finish(x.transpose(0, 1), self.attend(x.transpose(0, 1))).transpose(0, 1)
+
+
+def rand(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def align(block, *args, streams=("x",), **options):
+    return align_block(BlockSample(block, args, {}), streams, **options)
+
+
+# The batch, the text, the tokens and the channels may all have the same length.
+sizes = st.sampled_from([(1, 4, 4), (2, 8, 8), (8, 8, 8), (3, 5, 8), (2, 2, 3), (4, 4, 5)])
+
+
+@given(sizes)
+def test_stream_alone(size):
+    b, n, _ = size
+    found = align(Plain(), rand(b, n, WIDTH), rand(b, WIDTH))
+    assert found.routable and found.aligned == {"x": "b n c"}
+
+
+@given(sizes)
+def test_text_of_the_same_length_stays(size):
+    b, n, m = size
+    found = align(CrossAttention(), rand(b, n, WIDTH), rand(b, m, WIDTH))
+    assert found.routable and found.aligned == {"x": "b n c"}
+
+
+@given(sizes, st.booleans())
+def test_rotary_table_moves(size, batched):
+    b, n, _ = size
+    found = align(Rotary(), rand(b, n, WIDTH), rand(*((1, n, WIDTH) if batched else (n, WIDTH))))
+    assert found.routable and set(found.aligned) == {"x", "table"}
+    assert found.aligned["table"].split()[-2] == "n"
+
+
+@given(sizes)
+def test_table_of_ones_moves_all_the_same(size):
+    b, n, _ = size
+    found = align(Rotary(), rand(b, n, WIDTH), torch.ones(n, WIDTH))
+    assert found.aligned["table"] == "n c"
+
+
+@given(sizes)
+def test_mask_over_keys_moves(size):
+    b, n, _ = size
+    found = align(Masked(), rand(b, n, WIDTH), torch.ones(b, 1, n, dtype=torch.bool))
+    assert found.routable and found.aligned["mask"].split()[-1] == "n" and found.aligned["mask"].split().count("n") == 1
+
+
+@given(sizes)
+def test_mask_over_pairs_moves_on_both_axes(size):
+    b, n, _ = size
+    found = align(Masked(), rand(b, n, WIDTH), rand(b, n, n))
+    assert found.aligned["mask"].split() == ["b", "n", "n"]
+
+
+@given(sizes)
+def test_modulation_per_token_moves(size):
+    b, n, _ = size
+    found = align(PerToken(), rand(b, n, WIDTH), rand(b, n, WIDTH))
+    assert set(found.aligned) == {"x", "c"}
+
+
+@given(sizes)
+def test_prefix_stays(size):
+    b, n, m = size
+    found = align(Joint(), rand(b, m, WIDTH), rand(b, n, WIDTH), rand(m + n, WIDTH))
+    assert found.routable and found.output == "1"
+    assert found.aligned == {"x": "b n c", "table": "m+n c"}
+
+
+@pytest.mark.parametrize("block", [Convolution, Positions])
+def test_what_is_no_set_of_tokens_is_refused_with_its_error(block):
+    found = align(block(), rand(2, 6, WIDTH))
+    assert not found.routable and "no set" in found.reason
+    assert 1e-3 < found.error < float("inf") and f"{found.error:.1e}" in found.reason
+
+
+def test_tokens_before_batch():
+    found = align(TimeFirst(), rand(5, 2, WIDTH))
+    assert found.routable and found.aligned == {"x": "n b c"}
+
+
+def test_a_single_token_proves_nothing():
+    assert "single token" in align(Plain(), rand(2, 1, WIDTH), rand(2, WIDTH)).reason
+
+
+def test_a_wrong_declaration_is_refused():
+    declared = {"x": "b n c", "text": "b n d"}
+    assert not align(PerToken(), rand(2, 6, WIDTH), rand(2, 6, WIDTH), hint={"x": "b n c"}, search=False).routable
+    assert not align(Joint(), rand(2, 6, WIDTH), rand(2, 6, WIDTH), rand(12, WIDTH), hint=declared, search=False).routable
+
+
+def test_half_precision_is_proven_in_single():
+    found = align(Plain().bfloat16(), rand(2, 6, WIDTH).bfloat16(), rand(2, WIDTH).bfloat16())
+    assert found.routable and found.error < 1e-5
+
+
+def test_the_block_is_not_touched():
+    block = Plain().train()
+    before = {name: value.clone() for name, value in block.state_dict().items()}
+    align(block, rand(2, 6, WIDTH), rand(2, WIDTH))
+    assert block.training and all(p.requires_grad for p in block.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+
+
+class TimeFirstRotary(Base):
+    """Tokens before batch, with a table that all samples share: each sample is gathered and run by itself."""
+
+    def forward(self, x, table):
+        x = x.transpose(0, 1)
+        return self.finish(x, self.attend(x, turn=table)).transpose(0, 1)
+
+
+def test_tokens_before_batch_with_a_shared_table():
+    found = align(TimeFirstRotary(), rand(5, 2, WIDTH), rand(5, WIDTH))
+    assert found.routable and found.aligned == {"x": "n b c", "table": "n c"}
+
+
+def test_a_declaration_that_moves_too_much_is_refused():
+    """Text keys of the image's length pass any permutation; gathered, words would go missing without a sound."""
+    declared = {"x": "b n c", "text": "b n c"}
+    found = align(CrossAttention(), rand(2, 6, WIDTH), rand(2, 6, WIDTH), hint=declared, search=False)
+    assert not found.routable and "['text'] need not move" in found.reason

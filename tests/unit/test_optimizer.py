@@ -1,0 +1,318 @@
+"""The ratio table's own optimizer: the mean follows its schedule, the gradient decides who gets what of it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+import diffcr_surgery as dcs
+from diffcr_surgery.errors import ConfigError, ConversionError
+
+WIDTH, LAYERS, REGIONS = 8, 3, 4
+CLOSE = 1e-6
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + functional.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1))
+        return x + self.mlp(x)
+
+
+class Denoiser(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x = x + t[:, None, None] / 1000
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def inputs(*timesteps: float) -> dict[str, Tensor]:
+    return {"x": torch.randn(len(timesteps), 10, WIDTH, generator=torch.Generator().manual_seed(3)), "t": torch.tensor(timesteps)}
+
+
+def converted(**settings: Any) -> nn.Module:
+    config = dcs.DiffCRConfig(**{"target_ratio": 0.3, "timestep_regions": REGIONS, "timestep_range": (0, 1000)} | settings)
+    return dcs.convert_(Denoiser().train(), inputs(100.0, 900.0), config)
+
+
+@pytest.fixture(scope="module")
+def original() -> nn.Module:
+    """Converted once; each test works on a copy."""
+    torch.manual_seed(0)
+    return converted()
+
+
+@pytest.fixture
+def model(original: nn.Module) -> nn.Module:
+    return copy.deepcopy(original)
+
+
+def mean(model: nn.Module) -> float:
+    return float(dcs.ratio_table(model).detach().double().mean())
+
+
+def give(model: nn.Module, gradient: Tensor | None) -> None:
+    dcs.ratio_table(model).grad = None if gradient is None else gradient.clone()
+
+
+# --- the schedule ----------------------------------------------------------------------------------------------------
+@given(
+    total=st.integers(1, 30),
+    ramp=st.sampled_from([0.1, 0.4, 0.5, 1.0]),
+    start=st.sampled_from([0.0, 0.1, 0.3, 0.7]),
+    lr=st.sampled_from([0.0, 0.1, 5.0]),
+    seed=st.integers(0, 99),
+)
+def test_the_mean_follows_the_schedule_exactly_whatever_the_gradient(
+    original: nn.Module, total: int, ramp: float, start: float, lr: float, seed: int
+) -> None:
+    model = copy.deepcopy(original)
+    with torch.no_grad():
+        dcs.ratio_table(model).fill_(start)
+    optimizer = dcs.RatioOptimizer(model, total_steps=total, ramp=ramp, lr=lr)
+    source = torch.Generator().manual_seed(seed)
+    for step in range(1, total + 1):
+        give(model, torch.randn(LAYERS, REGIONS, generator=source) * 10 ** torch.randn(1, generator=source))
+        optimizer.step()
+        share = min(1.0, step / max(1.0, ramp * total))
+        assert mean(model) == pytest.approx(start + share * (0.3 - start), abs=CLOSE)
+        table = dcs.ratio_table(model).detach()
+        assert 0.0 <= float(table.min()) and float(table.max()) <= 0.9 + CLOSE
+    assert mean(model) == pytest.approx(0.3, abs=CLOSE)
+
+
+def test_without_a_gradient_all_entries_rise_alike(model: nn.Module) -> None:
+    optimizer = dcs.RatioOptimizer(model, total_steps=10)
+    for step in range(1, 11):
+        optimizer.zero_grad()
+        optimizer.step()
+        assert torch.allclose(dcs.ratio_table(model), torch.full((LAYERS, REGIONS), 0.3 * min(1.0, step / 4)), atol=CLOSE)
+
+
+def test_steps_beyond_the_total_hold_the_target(model: nn.Module) -> None:
+    optimizer = dcs.RatioOptimizer(model, total_steps=2)
+    for _ in range(6):
+        give(model, torch.randn(LAYERS, REGIONS))
+        optimizer.step()
+    assert mean(model) == pytest.approx(0.3, abs=CLOSE)
+
+
+def test_a_target_of_zero_stays_dense() -> None:
+    model = converted(target_ratio=0.0)
+    optimizer = dcs.RatioOptimizer(model, total_steps=3)
+    for _ in range(3):
+        give(model, torch.randn(LAYERS, REGIONS))
+        optimizer.step()
+    assert not dcs.ratio_table(model).any()
+
+
+# --- the allocation --------------------------------------------------------------------------------------------------
+def test_entries_that_hurt_less_get_more(model: nn.Module) -> None:
+    """A gradient says by how much the loss would rise with the ratio."""
+    gradient = torch.arange(LAYERS * REGIONS).reshape(LAYERS, REGIONS).float() / 10
+    optimizer = dcs.RatioOptimizer(model, total_steps=20)
+    for _ in range(20):
+        give(model, gradient)
+        optimizer.step()
+    falling = dcs.ratio_table(model).detach().flatten()
+    assert (falling.diff() <= 0).all() and float(falling[0] - falling[-1]) > 0.5
+
+
+def test_what_all_gradients_share_decides_nothing(model: nn.Module) -> None:
+    twin = copy.deepcopy(model)
+    gradient = torch.randn(LAYERS, REGIONS)
+    for one, added in ((model, 0.0), (twin, 7.0)):
+        optimizer = dcs.RatioOptimizer(one, total_steps=5)
+        for _ in range(5):
+            give(one, gradient + added)
+            optimizer.step()
+    assert torch.allclose(dcs.ratio_table(model), dcs.ratio_table(twin), atol=1e-5)
+
+
+def test_one_step_is_the_formula(model: nn.Module) -> None:
+    """The first average is the gradient itself, its bias corrected, whatever the decay."""
+    with torch.no_grad():
+        dcs.ratio_table(model).fill_(0.3)
+    gradient = torch.randn(LAYERS, REGIONS) / 10
+    give(model, gradient)
+    dcs.RatioOptimizer(model, total_steps=1, lr=0.5, averaging=0.98).step()
+    assert torch.allclose(dcs.ratio_table(model), 0.3 - 0.5 * (gradient - gradient.mean()), atol=1e-5)
+
+
+def test_the_average_forgets_slowly(model: nn.Module) -> None:
+    with torch.no_grad():
+        dcs.ratio_table(model).fill_(0.3)
+    first, second = torch.randn(2, LAYERS, REGIONS) / 10
+    optimizer = dcs.RatioOptimizer(model, total_steps=1, lr=0.1, averaging=0.5)
+    wanted = torch.full((LAYERS, REGIONS), 0.3)
+    for gradient, average in ((first, first), (second, (0.25 * first + 0.5 * second) / 0.75)):
+        give(model, gradient)
+        optimizer.step()
+        wanted = wanted - 0.1 * (average - average.mean())
+    assert torch.allclose(dcs.ratio_table(model), wanted, atol=1e-5)
+
+
+def test_regions_no_batch_has_shown_rise_with_the_mean_alone(model: nn.Module) -> None:
+    """What the gradients of the region seen share is no reason to move work to or from the others."""
+    optimizer = dcs.RatioOptimizer(model, total_steps=4, ramp=1.0)
+    for _ in range(2):
+        gradient = torch.zeros(LAYERS, REGIONS)
+        gradient[:, 1] = torch.tensor([0.4, 0.5, 0.6])
+        give(model, gradient)
+        optimizer.step()
+    table = dcs.ratio_table(model).detach()
+    assert torch.allclose(table[:, [0, 2, 3]], torch.full((LAYERS, REGIONS - 1), 0.15), atol=CLOSE)
+    assert torch.allclose(table[:, 1], torch.tensor([0.17, 0.15, 0.13]), atol=1e-5)
+
+
+def test_regions_seen_at_other_times_are_each_corrected_for_their_own_count(model: nn.Module) -> None:
+    """A region seen once counts for as much as one seen ten times."""
+    pull = torch.tensor([-1.0, 0.0, 1.0])
+    optimizer = dcs.RatioOptimizer(model, total_steps=1, lr=1.0)
+    for region in [*[0] * 10, 1]:
+        gradient = torch.zeros(LAYERS, REGIONS)
+        gradient[:, region] = pull
+        give(model, gradient)
+        optimizer.param_groups[0]["lr"] = 1e-3 if region == 1 else 0.0
+        optimizer.step()
+    table = dcs.ratio_table(model).detach()
+    assert torch.allclose(table[:, 0], table[:, 1], atol=CLOSE)
+    assert float(table[0, 1] - table[2, 1]) == pytest.approx(2e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+def test_a_gradient_that_is_no_number_moves_nothing(model: nn.Module, poison: float) -> None:
+    """As an overflow under mixed precision gives: the other regions go on, this one waits."""
+    twin = copy.deepcopy(model)
+    gradient = torch.randn(LAYERS, REGIONS)
+    for one, value in ((model, poison), (twin, 0.0)):
+        optimizer = dcs.RatioOptimizer(one, total_steps=4)
+        spoiled = gradient.clone()
+        spoiled[:, 2] = value
+        give(one, spoiled)
+        optimizer.step()
+        give(one, gradient)
+        optimizer.step()
+    assert dcs.ratio_table(model).isfinite().all()
+    assert torch.equal(dcs.ratio_table(model), dcs.ratio_table(twin))
+
+
+def test_it_trains_a_model_to_its_target(model: nn.Module) -> None:
+    """With gradients of the real thing, from a table of exact zeros."""
+    optimizer = dcs.RatioOptimizer(model, total_steps=8)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters() if "ratio_table" not in name}
+    for step in range(8):
+        given = inputs(50.0 + 250.0 * (step % REGIONS), 60.0 + 250.0 * (step % REGIONS))
+        (model(**given) - given["x"]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    table = dcs.ratio_table(model).detach()
+    assert mean(model) == pytest.approx(0.3, abs=CLOSE)
+    assert float(model.diffcr.executed_ratios().mean()) == pytest.approx(0.3, abs=0.05 / table.numel() + CLOSE)
+    assert len(set(table.flatten().tolist())) > 1
+    assert all(torch.equal(weights[name], p) for name, p in model.named_parameters() if name in weights)
+
+
+# --- a torch optimizer -----------------------------------------------------------------------------------------------
+def test_the_table_is_the_only_parameter(model: nn.Module) -> None:
+    optimizer = dcs.RatioOptimizer(model, total_steps=4)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert [id(p) for group in optimizer.param_groups for p in group["params"]] == [id(dcs.ratio_table(model))]
+
+
+def test_closure_is_run_with_gradients_and_its_loss_returned(model: nn.Module) -> None:
+    optimizer = dcs.RatioOptimizer(model, total_steps=4)
+    assert optimizer.step() is None
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = (dcs.ratio_table(model) * torch.linspace(-1, 1, LAYERS)[:, None]).sum()
+        loss.backward()
+        return loss.item()
+
+    assert isinstance(optimizer.step(closure), float)
+    assert (dcs.ratio_table(model)[0] - dcs.ratio_table(model)[-1]).min().item() > 0.01
+
+
+def test_a_scheduler_can_set_the_rate(model: nn.Module) -> None:
+    optimizer = dcs.RatioOptimizer(model, total_steps=4)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+    give(model, torch.randn(LAYERS, REGIONS))
+    optimizer.step()
+    scheduler.step()
+    assert len(set(dcs.ratio_table(model).flatten().tolist())) == 1
+
+
+def resumed(optimizer: dcs.RatioOptimizer, model: nn.Module, how: str) -> tuple[dcs.RatioOptimizer, nn.Module]:
+    if how == "deepcopy":
+        both = copy.deepcopy((optimizer, model))
+        return both
+    twin = copy.deepcopy(model)
+    other = dcs.RatioOptimizer(twin, total_steps=99, lr=9.0, averaging=0.1, ramp=1.0)  # all of it is overwritten
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return other, twin
+
+
+@pytest.mark.parametrize("how", ["state_dict", "deepcopy"])
+@pytest.mark.parametrize("steps", [0, 3, 8])
+def test_training_goes_on_from_a_checkpoint_as_if_never_stopped(model: nn.Module, steps: int, how: str) -> None:
+    with torch.no_grad():
+        dcs.ratio_table(model).fill_(0.1)  # the ramp's start is remembered, not read off the table again
+    optimizer = dcs.RatioOptimizer(model, total_steps=15, lr=0.3, averaging=0.9)
+    gradients = torch.randn(steps + 5, LAYERS, REGIONS)
+    for gradient in gradients[:steps]:
+        give(model, gradient)
+        optimizer.step()
+    other, twin = resumed(optimizer, model, how)
+    for gradient in gradients[steps:]:
+        for one, target in ((optimizer, model), (other, twin)):
+            give(target, gradient)
+            one.step()
+        assert torch.equal(dcs.ratio_table(model), dcs.ratio_table(twin))
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"total_steps": 0}, {"total_steps": -3}, {"total_steps": float("nan")}, {"lr": -0.1}, {"lr": float("nan")}, {"averaging": 1.0},
+        {"averaging": -0.1}, {"averaging": float("nan")}, {"ramp": 0.0}, {"ramp": 1.5}, {"ramp": float("nan")},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_out_of_range_are_named(model: nn.Module, settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="expected total_steps >= 1") as caught:
+        dcs.RatioOptimizer(model, **{"total_steps": 10} | settings)
+    ((name, value),) = settings.items()
+    assert f"{name}={value}" in str(caught.value)
+
+
+def test_frozen_ratios_are_refused() -> None:
+    with pytest.raises(ConfigError, match="learn_ratios=True"):
+        dcs.RatioOptimizer(converted(initial_ratio=0.3, learn_ratios=False), total_steps=10)
+
+
+def test_specialised_models_are_refused(model: nn.Module) -> None:
+    with pytest.raises(ConfigError, match="before specialize_"):
+        dcs.RatioOptimizer(dcs.specialize_(model), total_steps=10)
+
+
+def test_plain_models_are_refused() -> None:
+    with pytest.raises(ConversionError, match="convert_"):
+        dcs.RatioOptimizer(Denoiser(), total_steps=10)

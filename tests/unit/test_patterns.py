@@ -1,0 +1,261 @@
+"""Declared patterns: what is malformed, which one a block gets, the proof they face, and plug-ins."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import diffcr_surgery as dcs
+from diffcr_surgery import patterns
+from diffcr_surgery.errors import PatternError
+from diffcr_surgery.patterns import BlockPattern, pattern_of, register_pattern
+
+WIDTH, TOKENS, TEXT = 8, 6, 6  # as many words as tokens: only the axes tell them apart
+
+
+@pytest.fixture(autouse=True)
+def _own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a test registers is forgotten after it."""
+    monkeypatch.setattr(patterns, "_REGISTRY", {})
+    yield
+
+
+def target(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+class Block(nn.Module):
+    """Attention with positions from a shared table and with text, then an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.read = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor, table: Tensor, text: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        x = x + functional.scaled_dot_product_attention(q * table, k * table, v)
+        x = x + functional.scaled_dot_product_attention(x, *self.read(text).chunk(2, -1))
+        return x + self.mlp(x)
+
+
+class Special(Block):
+    pass
+
+
+class MoreSpecial(Special):
+    pass
+
+
+class Denoiser(nn.Module):
+    def __init__(self, block: type[nn.Module] = Block) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(TOKENS, WIDTH))
+        self.blocks = nn.ModuleList([block(), block()])
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, self.table, text=text)
+        return x
+
+
+INPUTS = {"x": torch.randn(2, TOKENS, WIDTH), "text": torch.randn(2, TEXT, WIDTH)}
+RIGHT = {"x": "b n c", "table": "n c"}
+
+
+# --- a pattern is checked when it is made ----------------------------------------------------------------------------
+def test_pattern_is_a_frozen_value_that_keeps_order() -> None:
+    given = {"x": "b n c", "table": "n c"}
+    pattern = BlockPattern("mine", "pkg.mod:Class", given, ("b n c",))
+    given["text"] = "b n c"
+    assert list(pattern.inputs.items()) == [("x", "b n c"), ("table", "n c")]
+    assert pattern == pickle.loads(pickle.dumps(pattern))
+    with pytest.raises(TypeError):
+        pattern.inputs["x"] = "-"  # type: ignore[index]
+    with pytest.raises(AttributeError):
+        pattern.name = "yours"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("wrong", ["", "Class", "pkg.mod.Class", ":Class", "pkg.mod:", None, 3, Block], ids=repr)
+def test_target_is_text_of_module_and_class(wrong: Any) -> None:
+    with pytest.raises(PatternError, match=r"Pattern 'mine': target .* is not of the form 'package\.module:Class'"):
+        BlockPattern("mine", wrong, RIGHT)
+
+
+@pytest.mark.parametrize("wrong", [{}, [], None, [("x", "b n c")], "b n c"], ids=repr)
+def test_inputs_are_a_mapping(wrong: Any) -> None:
+    with pytest.raises(PatternError, match="inputs must map argument paths to axis patterns"):
+        BlockPattern("mine", "pkg.mod:Class", wrong)
+
+
+@pytest.mark.parametrize("stream", ["b m c", "b m+n c", "b n n", "-"])
+def test_first_input_is_the_stream(stream: str) -> None:
+    with pytest.raises(PatternError, match="the first input is the routed stream and names 'n' once") as caught:
+        BlockPattern("mine", "pkg.mod:Class", {"x": stream, "y": "b n c"})
+    assert repr(stream) in str(caught.value)
+
+
+@pytest.mark.parametrize("axes", ["b n 2", "", "n m+n", None, ["b", "n", "c"]], ids=repr)
+@pytest.mark.parametrize("where", ["inputs", "outputs"])
+def test_axis_patterns_are_checked(where: str, axes: Any) -> None:
+    inputs, outputs = ({"x": "b n c", "y": axes}, ()) if where == "inputs" else ({"x": "b n c"}, (axes,))
+    with pytest.raises(PatternError, match="Axis pattern"):
+        BlockPattern("mine", "pkg.mod:Class", inputs, outputs)
+
+
+# --- registration ----------------------------------------------------------------------------------------------------
+def test_registering_returns_the_pattern_and_may_be_repeated() -> None:
+    pattern = BlockPattern("mine", target(Block), RIGHT)
+    assert register_pattern(pattern) is pattern
+    register_pattern(BlockPattern("mine", target(Block), dict(RIGHT)))  # a module imported twice
+    assert pattern_of(Block()) == pattern
+
+
+@pytest.mark.parametrize("other", [("yours", RIGHT), ("mine", {"x": "b n c"})], ids=["another name", "other axes"])
+def test_a_class_has_one_pattern(other: tuple[str, Mapping[str, str]]) -> None:
+    first = register_pattern(BlockPattern("mine", target(Block), RIGHT))
+    with pytest.raises(PatternError, match=r"Block has the pattern 'mine' already.*subclass"):
+        register_pattern(BlockPattern(other[0], target(Block), other[1]))
+    assert pattern_of(Block()) is first
+
+
+@pytest.mark.parametrize("wrong", [None, "pkg.mod:Class", {"x": "b n c"}, BlockPattern], ids=repr)
+def test_only_patterns_are_registered(wrong: Any) -> None:
+    with pytest.raises(PatternError, match=f"takes a BlockPattern, not {type(wrong).__name__}"):
+        register_pattern(wrong)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_most_specific_class_wins_whatever_came_first(backwards: bool) -> None:
+    made = [BlockPattern(cls.__name__, target(cls), RIGHT) for cls in (Block, Special)]
+    for pattern in reversed(made) if backwards else made:
+        register_pattern(pattern)
+    found = [pattern_of(cls()) for cls in (Block, Special, MoreSpecial)]
+    assert [pattern.name if pattern else None for pattern in found] == ["Block", "Special", "Special"]
+
+
+def test_a_class_of_the_same_name_or_prefix_elsewhere_is_another() -> None:
+    register_pattern(BlockPattern("elsewhere", "somewhere.else:Block", RIGHT))
+    register_pattern(BlockPattern("prefix", target(Block)[:-1], RIGHT))
+    assert pattern_of(Block()) is None
+
+
+def test_a_pattern_imports_nothing() -> None:
+    register_pattern(BlockPattern("absent", "no_such_library.blocks:Block", RIGHT))
+    assert pattern_of(Block()) is None and "no_such_library" not in sys.modules
+
+
+# --- the proof -------------------------------------------------------------------------------------------------------
+def test_a_declared_pattern_takes_the_place_of_the_search() -> None:
+    register_pattern(BlockPattern("right", target(Block), RIGHT))
+    declared = dcs.plan(Denoiser(), INPUTS)
+    assert [dict(site.aligned) for site in declared.routed_sites] == [RIGHT, RIGHT]
+    assert all("proven" in site.reason for site in declared.routed_sites)
+
+
+def test_the_search_finds_the_same() -> None:
+    """What the refusals below are measured against."""
+    assert [dict(site.aligned) for site in dcs.plan(Denoiser(), INPUTS).routed_sites] == [RIGHT, RIGHT]
+
+
+def test_subclasses_face_the_pattern_of_their_parent() -> None:
+    register_pattern(BlockPattern("of the parent", target(Block), {"x": "b n c"}))
+    with pytest.raises(PatternError, match="'of the parent'"):
+        dcs.plan(Denoiser(MoreSpecial), INPUTS)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"x": "b n c"},  # positions stay behind
+        {"x": "b n c", "table": "c n"},
+        {"x": "b n c", "table": "b n c"},
+        {"x": "b n c", "text": "b n c"},
+        {"x": "b c n", "table": "n c"},
+        {"text": "b n c", "table": "n c"},
+        {"x": "b n c", "tables": "n c"},
+        {"z": "b n c", "table": "n c"},
+        {"x": "b n c", "table": "n c", "tabel": "n c"},  # misspelt
+        {"x": "b n c", "table": "n c", "text": "b n c"},  # passes any permutation, and would throw words away
+    ],
+    ids=str,
+)
+def test_a_wrong_declaration_is_an_error_and_never_silent_noise(wrong: dict[str, str]) -> None:
+    register_pattern(BlockPattern("planted", target(Block), wrong))
+    model = Denoiser()
+    with pytest.raises(PatternError) as caught:
+        dcs.convert_(model, INPUTS, dcs.DiffCRConfig())
+    for words in ("'planted'", target(Block), "blocks.0", str(wrong), "remove it"):
+        assert words in str(caught.value)
+    assert not hasattr(model, "diffcr") and type(model) is Denoiser
+
+
+# --- plug-ins --------------------------------------------------------------------------------------------------------
+def plugin(folder: Path, source: str, attribute: str = "pattern") -> str:
+    """Install a distribution as pip would: a module, and metadata that names an entry point; returns the entry point's value."""
+    name = folder.name
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (folder / f"{name}.py").write_text(source)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{patterns.ENTRY_POINTS}]\nentry_of_{name} = {name}:{attribute}\n")
+    return f"{name}:{attribute}"
+
+
+SCRIPT = f"""
+import os, sys, torch
+from diffcr_surgery.patterns import PatternError, pattern_of
+
+def show(head):
+    try:
+        print(head, getattr(pattern_of(torch.nn.Linear(2, 2)), "name", None))
+    except PatternError as error:
+        print(head, error)
+
+for folder in sys.argv[1:]:
+    sys.path.insert(0, folder)
+    os.environ[{patterns.OFF_SWITCH!r}] = "1"
+    show("off:")
+    print("imported:", os.path.basename(folder) in sys.modules)
+    del os.environ[{patterns.OFF_SWITCH!r}]
+    show("on:")
+    show("again:")
+    sys.path.remove(folder)
+"""
+
+GOOD = """
+from diffcr_surgery import BlockPattern
+pattern = BlockPattern("from a plug-in", "torch.nn.modules.linear:Linear", {"input": "b n c"})
+"""
+
+
+def test_plugins_are_found_named_when_broken_and_can_be_switched_off(tmp_path: Path) -> None:
+    """In a fresh interpreter, one after the other: plug-ins that fail are asked again, the first that loads settles it."""
+    causes = {
+        plugin(tmp_path / "plug_on_fire", "raise OSError('the disk is on fire')"): "the disk is on fire",
+        plugin(tmp_path / "plug_without", GOOD, "missing"): "missing",
+        plugin(tmp_path / "plug_of_text", "pattern = 'Linear'"): "takes a BlockPattern, not str",
+    }
+    good = plugin(tmp_path / "plug_that_works", GOOD)
+    folders = [str(tmp_path / value.partition(":")[0]) for value in (*causes, good)]
+    settings = os.environ | {"PYTHONPATH": str(Path(dcs.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *folders], env=settings, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = iter(done.stdout.splitlines())
+    for value, cause in causes.items():
+        assert (next(lines), next(lines)) == ("off: None", "imported: False")
+        for head in ("on:", "again:"):
+            error = next(lines)
+            for words in (head, f"entry_of_{value.partition(':')[0]}", value, patterns.ENTRY_POINTS, cause, f"{patterns.OFF_SWITCH}=1"):
+                assert words in error
+    assert list(lines) == ["off: None", "imported: False", "on: from a plug-in", "again: from a plug-in"]

@@ -1,0 +1,298 @@
+"""Conversion at work: checkpointing, dropout, shared rotary tables, repeated blocks, graphs that are kept and dropped."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import diffcr_surgery as dcs
+from diffcr_surgery.errors import AlignmentError, ConversionError, NoRoutableBlockError
+from tests.models import CASES, Size, output
+
+WIDTH = 8
+
+
+class Block(nn.Module):
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * WIDTH, WIDTH))
+
+    def forward(self, x, c):
+        q, k, v = self.qkv(x + c[:, None]).chunk(3, -1)
+        x = x + self.out(functional.scaled_dot_product_attention(q, k, v))
+        return x + self.mlp(x)
+
+
+class Denoiser(nn.Module):
+    """The smallest real denoiser: embed, blocks, head; a block may come round again."""
+
+    def __init__(self, depth=2, dropout=0.0, rounds=1):
+        super().__init__()
+        self.embed, self.time = nn.Linear(3, WIDTH), nn.Linear(1, WIDTH)
+        self.blocks = nn.ModuleList(Block(dropout) for _ in range(depth))
+        self.head, self.rounds, self.gradient_checkpointing = nn.Linear(WIDTH, 3), rounds, False
+
+    def forward(self, x, t):
+        c = self.time((t[:, None] / 1000).to(self.time.weight.dtype))
+        x = self.embed(x)
+        for _ in range(self.rounds):
+            for block in self.blocks:
+                if self.gradient_checkpointing and torch.is_grad_enabled():
+                    x = torch.utils.checkpoint.checkpoint(block, x, c, use_reentrant=False)
+                else:
+                    x = block(x, c)
+        return self.head(x)
+
+
+def inputs(batch=3, tokens=10):
+    source = torch.Generator().manual_seed(batch * tokens)
+    return {"x": torch.randn(batch, tokens, 3, generator=source), "t": torch.linspace(1, 999, batch).round()}
+
+
+def converted(model=None, ratio=None, **settings):
+    model = Denoiser() if model is None else model
+    dcs.convert_(model, inputs(), dcs.DiffCRConfig(timestep_regions=2, timestep_range=(0, 1000), **settings))
+    if ratio is not None:
+        with torch.no_grad():
+            dcs.ratio_table(model).fill_(ratio)
+            for router in model.diffcr.routers.values():
+                nn.init.normal_(router.weight)
+    return model
+
+
+def step(model, **given):
+    model.zero_grad()
+    torch.manual_seed(7)
+    result = model(**(given or inputs()))
+    result.square().mean().backward()
+    return result, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5])
+def test_checkpointing_changes_nothing_but_memory(ratio):
+    model = converted(ratio=ratio).train()
+    plain, gradients = step(model)
+    model.gradient_checkpointing = True
+    saved, again = step(model)
+    assert torch.equal(plain, saved)
+    assert gradients.keys() == again.keys()
+    assert all(torch.allclose(gradients[name], again[name], atol=1e-6) for name in gradients)
+
+
+def test_the_routed_site_is_the_checkpointed_unit():
+    """In the backward pass a checkpointed site runs again as a whole: its router too."""
+    model = converted(ratio=0.5).train()
+    calls = []
+    for router in model.diffcr.routers.values():
+        router.register_forward_hook(lambda *_: calls.append(1))
+    for flag, times in ((False, 1), (True, 2)):
+        model.gradient_checkpointing = flag
+        step(model)  # records
+        calls.clear()
+        step(model)
+        assert len(calls) == times * len(model.diffcr.routers)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_draws_as_in_the_original(checkpointing):
+    model = Denoiser(dropout=0.5).train()
+    model.gradient_checkpointing = checkpointing
+    before, gradients = step(model)
+    before, gradients = before.clone(), {name: g.clone() for name, g in gradients.items()}
+    after, now = step(converted(model))
+    assert torch.equal(before, after)
+    assert all(torch.equal(gradients[name], now[name]) for name in gradients)
+
+
+def test_a_block_that_comes_round_again_is_two_sites():
+    model = Denoiser(depth=1, rounds=2)
+    plan = dcs.plan(model, inputs())
+    assert [(site.path, site.occurrence) for site in plan.routed_sites] == [("blocks.0", 0), ("blocks.0", 1)]
+    assert "blocks.0 (call 2)" in str(plan)
+    dcs.convert_(model, plan)
+    assert dcs.ratio_table(model).shape == (2, 1) and len(model.diffcr.routers) == 2
+
+
+def test_one_token_is_never_routed_away():
+    model = converted(ratio=0.9).eval()
+    with torch.no_grad():
+        one = model(**inputs(tokens=1))
+        dcs.restore_(model)
+        assert torch.equal(one, model(**inputs(tokens=1)))
+
+
+def test_graphs_are_kept_by_call_and_dropped_by_copies():
+    model = converted(ratio=0.5).eval()
+    for _ in range(3):
+        model(**inputs())
+    assert len(model.diffcr.recordings) == 1  # both regions take the same decisions, so the batch is not split
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert len(twin.diffcr.recordings) == 0
+        assert torch.equal(twin(**inputs()), model(**inputs()))
+
+
+def test_settings_keep_the_table_in_single_precision():
+    model = converted(ratio=0.25).bfloat16()
+    assert dcs.ratio_table(model).dtype == torch.float32
+    assert model.diffcr.routers["0"].weight.dtype == torch.bfloat16
+    given = inputs()
+    assert model(given["x"].bfloat16(), given["t"].bfloat16()).dtype == torch.bfloat16
+
+
+def test_table_is_projected_not_clamped():
+    """From exact 0 every entry of the regions seen moves; a clamp in the graph would hold it there without a sound."""
+    model = converted(target_ratio=0.5).train()
+    table = dcs.ratio_table(model)
+    optimizer = torch.optim.SGD([table], lr=0.5)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (model(**inputs()).square().mean() + dcs.ratio_loss(model)).backward()
+        optimizer.step()
+    assert (table > 0).all()
+    with torch.no_grad():
+        table.fill_(5.0)
+    assert torch.equal(dcs.ratio_table(model), torch.full_like(table, 0.9))
+
+
+def test_a_ratio_that_is_no_number_names_its_site():
+    model = converted()
+    with torch.no_grad():
+        dcs.ratio_table(model)[1, 0] = float("nan")
+    with pytest.raises(ConversionError, match=r"blocks\.1"):
+        model(**inputs())
+
+
+def test_blocks_can_be_left_out():
+    plan = dcs.plan(Denoiser(3), inputs(), dcs.DiffCRConfig(blocks=r"blocks\.[12]"))
+    assert [site.path for site in plan.routed_sites] == ["blocks.1", "blocks.2"]
+    assert "left out by blocks=" in plan.sites[0].reason
+    with pytest.raises(NoRoutableBlockError, match="left out by"):
+        dcs.plan(Denoiser(), inputs(), dcs.DiffCRConfig(blocks="none"))
+
+
+class Window(Block):
+    """A block that is a set of tokens at one size and works in windows at another."""
+
+    def forward(self, x, c):
+        if x.shape[1] == 12:
+            return super().forward(x.roll(1, 1) * torch.linspace(0, 1, 12)[None, :, None], c)
+        return super().forward(x, c)
+
+
+def test_arguments_that_cannot_be_routed_after_all_are_refused():
+    model = Denoiser()
+    model.blocks[0].__class__ = Window
+    converted(model, ratio=0.5)
+    with pytest.raises(AlignmentError, match=r"blocks\.0 \(Window\)"):
+        model(**inputs(tokens=12))
+
+
+def test_frozen_ratios_are_uniform_mixture_of_depths():
+    model = converted(initial_ratio=0.3, learn_ratios=False).train()
+    counts = []
+    model.blocks[0].register_forward_pre_hook(lambda _, args: counts.append(args[0].shape[1]))
+    model(**inputs())
+    counts.clear()
+    model(**inputs())
+    assert set(counts) == {7} and not dcs.ratio_table(model).requires_grad
+
+
+def test_tokens_see_their_own_rotary_angles():
+    """Each sample keeps other tokens, so a table shared by the batch is gathered sample by sample."""
+    case = CASES["flux"]
+    model = case.build(0)
+    given = case.inputs(model, 3, 0, timesteps=torch.full((3,), 0.5))
+    dcs.convert_(model, given, dcs.DiffCRConfig())
+    with torch.no_grad():
+        dcs.ratio_table(model).fill_(0.4)
+        for router in model.diffcr.routers.values():
+            nn.init.normal_(router.weight)
+        together = output(model(**given))
+        alone = torch.cat([output(model(**case.sample(given, i))) for i in range(3)])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["flux", "hunyuan", "pixart"])
+@pytest.mark.parametrize("training", [False, True])
+def test_inputs_shared_by_the_batch_are_told_from_samples(name, training):
+    """As many samples as tokens and words: position ids and rotary tables have the batch's length, and are no samples."""
+    case, size = CASES[name], Size(1, 3, 3)
+    model = case.build(0, size=size).train(training)
+    given = case.inputs(model, 3, 0, size=size)
+    state = torch.get_rng_state()
+    plan = dcs.plan(model, given)
+    assert torch.equal(state, torch.get_rng_state())
+    tables = {name for name in plan.shared_inputs if not name.startswith("added_cond")}
+    assert {name.split(".")[0] for name in tables} == {"flux": {"img_ids", "txt_ids"}, "hunyuan": {"image_rotary_emb"}, "pixart": set()}[
+        name
+    ]
+
+
+def test_specialised_model_drops_what_decides_nothing():
+    model = converted(ratio=0.5)
+    with torch.no_grad():
+        dcs.ratio_table(model)[0] = 0.0
+    expected = model.eval()(**inputs())
+    dcs.specialize_(model)
+    assert list(model.diffcr.routers) == ["1"]
+    assert torch.equal(model(**inputs()), expected)
+    with pytest.raises(ConversionError, match="before specialize_"):
+        dcs.save_adapter(model, "unused")
+
+
+@pytest.mark.parametrize("budget", [1.0, 0.75, 0.5, 0.1])
+def test_budget_picks_another_mean(budget):
+    model = dcs.specialize_(converted(ratio=0.3), budget=budget)
+    assert float(dcs.ratio_table(model).mean()) == pytest.approx(1 - budget, abs=0.026)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25])
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_keeps_working(training, ratio):
+    model = converted(ratio=ratio).train(training)
+    single = model(**inputs())
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(**inputs())
+    assert half.dtype == torch.bfloat16 and torch.allclose(single, half.float(), atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["timm_dit", "hunyuan"])
+def test_scatter_in_place_spares_what_others_read(name):
+    """HunyuanDiT's long skips read the stream again: those sites keep their copy."""
+    case = CASES[name]
+    model = case.build(0)
+    given = case.inputs(model, 2, 0)
+    dcs.convert_(model, given, dcs.DiffCRConfig(initial_ratio=0.5))
+    for router in model.diffcr.routers.values():
+        nn.init.normal_(router.weight)
+    kept = {key: value.clone() for key, value in given.items() if isinstance(value, torch.Tensor)}
+    with torch.no_grad():
+        expected = output(model(**given))
+        dcs.specialize_(model)
+        assert torch.equal(output(model(**given)), expected)
+    assert all(torch.equal(given[key], value) for key, value in kept.items())
+
+
+def test_scatter_in_place_pass_tells_readers_apart():
+    from torch import fx
+
+    from diffcr_surgery.rewrite import ScatterInPlace
+    from diffcr_surgery.tokens import gather_tokens, scatter_tokens, scatter_tokens_
+
+    graph = fx.Graph()
+    x, update, kept = (graph.placeholder(name) for name in ("x", "update", "kept"))
+
+    def site(stream):
+        tokens = graph.call_function(gather_tokens, (stream, kept, "b n c", 4))
+        return graph.call_function(scatter_tokens, (stream, graph.call_function(torch.add, (tokens, update)), kept, "b n c"))
+
+    first = site(x)  # an input of the graph is never written to
+    second = site(first)
+    third = site(second)
+    graph.output((third, graph.call_function(torch.neg, (second,))))
+    assert ScatterInPlace()(graph)
+    assert [n.target for n in (first, second, third)] == [scatter_tokens, scatter_tokens_, scatter_tokens]

@@ -119,5 +119,6 @@ class DiffCRState(nn.Module):
         return min(self.config.bins, key=lambda b: abs(b - value))
 
     def mean_ratio(self) -> Tensor:
-        """Return the weighted mean of the table, with gradient."""
+        """Return the weighted mean of the table, with gradient; what a step pushed out of range counts as the bound it crossed."""
+        self.ratios()
         return weighted_mean(self.ratio_table, self.region_weights)

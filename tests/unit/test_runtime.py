@@ -158,6 +158,20 @@ def test_table_is_projected_not_clamped():
     assert torch.equal(dcs.ratio_table(model), torch.full_like(table, 0.9))
 
 
+def test_budget_loss_counts_what_a_step_pushed_below_zero_as_zero():
+    """Two ratios at 0 and one above: were their excursions below 0 counted, the mean would be met outside the range."""
+    model = converted(target_ratio=0.05)
+    table = dcs.ratio_table(model)
+    with torch.no_grad():
+        table.copy_(torch.tensor([[0.2], [0.0], [0.0]])[: len(table)])
+    optimizer = torch.optim.SGD([table], lr=len(table) / 3)
+    for _ in range(200):
+        optimizer.zero_grad()
+        dcs.ratio_loss(model).backward()
+        optimizer.step()
+    assert float(dcs.ratio_table(model).detach().mean()) == pytest.approx(0.05, abs=1e-3)
+
+
 def test_a_ratio_that_is_no_number_names_its_site():
     model = converted()
     with torch.no_grad():

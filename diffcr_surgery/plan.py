@@ -19,6 +19,7 @@ from diffcr_surgery.errors import ConfigError, ConversionError, NoRoutableBlockE
 from diffcr_surgery.rewrite import Decision, RoutedCall, RouteTokens, used_items
 from diffcr_surgery.sites import SiteCall, site_calls
 from diffcr_surgery.timesteps import TimestepRegions, timestep_regions
+from diffcr_surgery.tokens import staying_count
 from diffcr_surgery.trace import Trace
 from diffcr_surgery.trace.key import model_device
 from diffcr_surgery.trace.perturb import shake
@@ -38,8 +39,9 @@ class BlockSite:
         reason: Why it is not routed; or the error of the proof.
         aligned: Argument path -> axis pattern of every argument that moves with the tokens, the stream among them.
         occurrence: 0 for the first call of this module in a forward, 1 for the second, ...
-        tokens: n in the example inputs (0 if not routed).
+        tokens: n in the example inputs, those that may bypass (0 if not routed).
         width: Channels of the stream (0 if not routed).
+        staying: Tokens in the same stream that never bypass: text, registers, class tokens.
     """
 
     path: str
@@ -50,6 +52,7 @@ class BlockSite:
     occurrence: int = 0
     tokens: int = 0
     width: int = 0
+    staying: int = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         values = (
@@ -61,6 +64,7 @@ class BlockSite:
             self.occurrence,
             self.tokens,
             self.width,
+            self.staying,
         )
         return _site, values
 
@@ -120,7 +124,7 @@ class SurgeryPlan:
         index = iter(range(len(routed)))
         for site in self.sites:
             moved = "; ".join(f"{name}: {axes}" for name, axes in site.aligned.items())
-            number, tokens = (str(next(index)), str(site.tokens)) if site.routed else ("-", "-")
+            number, tokens = (str(next(index)), _count(site)) if site.routed else ("-", "-")
             name = site.path if site.occurrence == 0 else f"{site.path} (call {site.occurrence + 1})"
             rows.append((number, name, site.block_class, tokens, moved or "-", site.reason))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
@@ -185,8 +189,14 @@ def _block_site(recording: Recording, call: SiteCall, config: DiffCRConfig) -> B
     if not routable:
         return BlockSite(call.path, name, False, reason, occurrence=call.occurrence)
     _, stream = named_leaves(recording.blocks[call.node].module, call.node.args, call.node.kwargs, fx.Node)[found.stream]
-    width = stream.meta["shape"][-1]
-    return BlockSite(call.path, name, True, reason, MappingProxyType(found.aligned), call.occurrence, found.tokens, width)
+    width, staying = stream.meta["shape"][-1], staying_count(call.staying)
+    return BlockSite(
+        call.path, name, True, reason, MappingProxyType(found.aligned), call.occurrence, found.tokens - staying, width, staying
+    )
+
+
+def _count(site: BlockSite) -> str:
+    return f"{site.tokens} (+{site.staying})" if site.staying else str(site.tokens)
 
 
 def routed_call(recording: Recording, call: SiteCall, index: int, gate: str) -> RoutedCall:
@@ -207,6 +217,8 @@ def routed_call(recording: Recording, call: SiteCall, index: int, gate: str) -> 
         samples=1 if batch is None else stream.meta["shape"][batch],
         random=block.random,
         gate=gate,
+        staying=call.staying,
+        outside=call.outside,
     )
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from diffcr_surgery.align import Alignment, align_block
-from diffcr_surgery.detect import Lineage, latent_input, named_leaves
+from diffcr_surgery.align import Alignment, adds_only, align_block
+from diffcr_surgery.axes import parse_axes
+from diffcr_surgery.detect import Lineage, latent_input, named_leaves, residual_after
 from diffcr_surgery.errors import PatternError
 from diffcr_surgery.patterns import BlockPattern, pattern_of
+from diffcr_surgery.tokens import Spans
 from diffcr_surgery.trace.recording import BlockCall, Recording
 
 __all__ = ["SiteCall", "site_calls"]
@@ -26,12 +29,16 @@ class SiteCall:
         path: Module path of the block.
         occurrence: 0 for the first call of that module, 1 for the second, ...
         alignment: What the proof found.
+        staying: Tokens of the stream that never bypass, since they do not stem from the latent.
+        outside: Whether the residual is added after the block.
     """
 
     node: fx.Node
     path: str
     occurrence: int
     alignment: Alignment
+    staying: Spans = ()
+    outside: bool = False
 
 
 def site_calls(recording: Recording, hints: Mapping[tuple[str, int], dict[str, str]] | None = None) -> list[SiteCall]:
@@ -60,10 +67,27 @@ def site_calls(recording: Recording, hints: Mapping[tuple[str, int], dict[str, s
         if key not in proven:
             proven[key] = _align(recording, node, streams, (hints or {}).get((block.path, occurrence)))
         alignment = proven[key]
-        calls.append(SiteCall(node, block.path, occurrence, alignment))
-        lineage.settle(node, alignment.output if alignment.routable else None)
+        if not alignment.routable:
+            lineage.settle(node, None, None, spread=bool(streams))
+            calls.append(SiteCall(node, block.path, occurrence, alignment))
+            continue
+        stream = named_leaves(block.module, node.args, node.kwargs, fx.Node)[alignment.stream][1]
+        axes = parse_axes(alignment.axes[alignment.stream])
+        staying = lineage.staying(stream, axes.tokens[0], axes.batch)
+        output = _continuation(node, alignment.output)
+        outside = output is not None and residual_after(output, stream, recording.blocks, recording.maps_zero_to_zero)
+        outside = outside and adds_only(recording.samples[block.kind], alignment)
+        lineage.settle(node, stream, alignment.output)
+        calls.append(SiteCall(node, block.path, occurrence, alignment, staying, outside))
     recording.samples.clear()
     return calls
+
+
+def _continuation(node: fx.Node, output: str) -> fx.Node | None:
+    """Return the node of a block's output that continues the stream, if it is used as such."""
+    if not output:
+        return node
+    return next((user for user in node.users if user.target in (operator.getitem, getattr) and str(user.args[1]) == output), None)
 
 
 def _align(recording: Recording, node: fx.Node, streams: list[str], hint: dict[str, str] | None) -> Alignment:

@@ -17,26 +17,67 @@ from diffcr_surgery._tree import fill, flatten, map_leaves
 from diffcr_surgery.axes import Axes, parse_axes
 from diffcr_surgery.errors import AlignmentError
 
-__all__ = ["gather_tokens", "keep_tokens", "kept_count", "per_sample", "rank_tokens", "scatter_tokens", "scatter_tokens_"]
+__all__ = [
+    "Spans",
+    "gather_tokens",
+    "keep_tokens",
+    "kept_count",
+    "per_sample",
+    "rank_tokens",
+    "scatter_tokens",
+    "scatter_tokens_",
+    "staying_count",
+    "staying_tokens",
+]
+
+# Tokens that never bypass, as runs (start, stop): one tuple of runs for all samples or one for each; none at all if empty.
+Spans = tuple[tuple[tuple[int, int], ...], ...]
 
 _ROUNDING = 1e-6  # (1 - 0.7) * 10 is 3.0000000000000004 in floating point, and k must be 3
 
 
-def kept_count(ratio: float, tokens: int) -> int:
-    """Return k = ⌈(1 - ratio) · tokens⌉, at least 1.
+def kept_count(ratio: float, tokens: int, staying: int = 0) -> int:
+    """Return k = ⌈(1 - ratio) · n⌉, at least 1, and all of those that stay besides.
+
+    Args:
+        ratio: Share of the n tokens that bypass.
+        tokens: n, and those that stay.
+        staying: Tokens among them that never bypass.
 
     Example:
-        >>> kept_count(0.7, 10), kept_count(0.9, 4), kept_count(0.0, 5)
-        (3, 1, 5)
+        >>> kept_count(0.7, 10), kept_count(0.9, 4), kept_count(0.0, 5), kept_count(0.5, 13, staying=3)
+        (3, 1, 5, 8)
     """
-    return max(1, min(tokens, math.ceil((1.0 - ratio) * tokens - _ROUNDING)))
+    moving = tokens - staying
+    return staying + max(1, min(moving, math.ceil((1.0 - ratio) * moving - _ROUNDING)))
 
 
-def rank_tokens(scores: Tensor) -> Tensor:
+def staying_count(spans: Spans) -> int:
+    """Return how many tokens of a sample stay: of the one with the most, since all samples keep equally many.
+
+    Example:
+        >>> staying_count((((0, 3),), ((0, 2), (5, 6))))
+        3
+    """
+    return max((sum(stop - start for start, stop in row) for row in spans), default=0)
+
+
+def staying_tokens(scores: Tensor, spans: Spans) -> Tensor:
+    """Return which tokens never bypass, ``b n`` or ``1 n`` booleans, for scores ``b n``."""
+    mask = torch.zeros(len(spans), scores.shape[1], dtype=torch.bool, device=scores.device)
+    for row, runs in enumerate(spans):
+        for start, stop in runs:
+            mask[row, start:stop] = True
+    return mask
+
+
+def rank_tokens(scores: Tensor, staying: Tensor | None = None) -> Tensor:
     """Return token indices from most to least important, ``b n`` -> ``b n``; ties go to the lower index.
 
-    The first k of them are the kept tokens, so kept sets of rising k are nested.
+    The first k of them are the kept tokens, so kept sets of rising k are nested. Tokens marked in ``staying`` come first.
     """
+    if staying is not None:
+        scores = scores.masked_fill(staying, math.inf)
     return scores.argsort(dim=-1, descending=True, stable=True)
 
 

@@ -7,6 +7,7 @@ therefore begins with the stream alone, and drops from any larger set what can b
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,12 +15,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from diffcr_surgery._tree import flatten
 from diffcr_surgery.align.proof import Subject, needs_samples, tolerance
 from diffcr_surgery.axes import TOKEN_WORDS, parse_axes
 from diffcr_surgery.detect import named_leaves
 from diffcr_surgery.trace.recording import BlockSample
 
-__all__ = ["Alignment", "align_block", "check_declared"]
+__all__ = ["Alignment", "adds_only", "align_block"]
 
 MAX_TRIALS = 200
 _NAMES = "cdefghijkl"
@@ -82,6 +84,16 @@ def align_block(sample: BlockSample, streams: Iterable[str], hint: dict[str, str
         if found is not None:
             return found
     return Alignment(False, trial.verdict(), error=trial.best, trials=trial.count)
+
+
+def adds_only(sample: BlockSample, found: Alignment) -> bool:
+    """Tell whether a block has no residual of its own: with all its weights at zero its stream comes out as zeros."""
+    twin = copy.deepcopy(sample.module).eval()
+    for weight in twin.parameters():
+        weight.requires_grad_(False).zero_()
+    with torch.no_grad():
+        paths, outputs, _ = flatten(twin(*sample.args, **sample.kwargs))
+    return not bool(outputs[paths.index(found.output)].any())
 
 
 class _Trial:

@@ -6,13 +6,24 @@ import operator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import fx
 
 from diffcr_surgery._tree import map_leaves
 from diffcr_surgery.align.proof import needs_samples
 from diffcr_surgery.axes import parse_axes
 from diffcr_surgery.rewrite import ops
-from diffcr_surgery.tokens import gather_tokens, keep_tokens, kept_count, per_sample, rank_tokens, scatter_tokens
+from diffcr_surgery.tokens import (
+    Spans,
+    gather_tokens,
+    keep_tokens,
+    kept_count,
+    per_sample,
+    rank_tokens,
+    scatter_tokens,
+    staying_count,
+    staying_tokens,
+)
 
 __all__ = ["Decision", "RoutedCall", "emit_block", "emit_site"]
 
@@ -35,7 +46,9 @@ class RoutedCall:
         stream: Path of the stream.
         pattern: Axis pattern of the stream.
         output: Item of the output that continues the stream; ``None`` for a lone output.
-        tokens: n.
+        tokens: Length of the stream's token axis.
+        staying: Tokens on it that never bypass.
+        outside: Whether the residual is added after the block, so that a bypassed token takes zero from it.
         samples: b.
         random: Whether the block draws random numbers.
         gate: Gate form.
@@ -51,6 +64,8 @@ class RoutedCall:
     samples: int
     random: bool
     gate: str
+    staying: Spans = ()
+    outside: bool = False
 
 
 def _item(graph: fx.Graph, block: fx.Node, item: int | str) -> fx.Node:
@@ -110,6 +125,7 @@ class _Site:
         self.stream = self._find(call.stream)
         self._scores: fx.Node | None = None
         self._order: fx.Node | None = None
+        self._staying: fx.Node | None = None
 
     def _find(self, wanted: str) -> fx.Node:
         found: list[fx.Node] = []
@@ -119,29 +135,46 @@ class _Site:
     def scores(self) -> fx.Node:
         if self._scores is None:
             i = self.call.index
-            target = f"diffcr.routers.{i}"
-            self._scores = self.graph.create_node("call_module", target, (self.stream,), name=f"scores_{i}")
+            scores = self.graph.create_node("call_module", f"diffcr.routers.{i}", (self.stream,), name=f"scores_{i}")
+            batch = parse_axes(self.call.pattern).batch
+            if batch is None:  # packed tokens `n c` are one sample
+                scores = self.graph.call_method("unsqueeze", (scores, 0))
+            self._scores = self.graph.call_method("transpose", (scores, 0, 1)) if batch == 1 else scores
         return self._scores
+
+    def staying(self) -> fx.Node:
+        if self._staying is None:
+            self._staying = _named(self.graph, f"staying_{self.call.index}", staying_tokens, (self.scores(), self.call.staying))
+        return self._staying
 
     def order(self) -> fx.Node:
         if self._order is None:
-            self._order = _named(self.graph, f"order_{self.call.index}", rank_tokens, (self.scores(),))
+            ranked = (self.scores(), self.staying()) if self.call.staying else (self.scores(),)
+            self._order = _named(self.graph, f"order_{self.call.index}", rank_tokens, ranked)
         return self._order
+
+    def gated(self, tokens: fx.Node, processed: fx.Node, kept: fx.Node | None) -> fx.Node:
+        """Emit the gate: what the block did is scaled by the scores (of the kept tokens, or of all)."""
+        call, graph, scores = self.call, self.graph, self.scores()
+        if call.staying:
+            scores = graph.call_function(ops.hold_scores, (scores, self.staying(), call.gate))
+        if kept is not None:
+            scores = graph.call_function(ops.take_scores, (scores, kept))
+        base = graph.call_function(torch.zeros_like, (processed,)) if call.outside else tokens
+        return _named(graph, f"gated_{call.index}", ops.gate_update, (base, processed, scores, call.gate, call.pattern))
 
     def branch(self, ratio: float, *, second: bool) -> dict[int | str | None, fx.Node]:
         """Emit the block at one ratio."""
         call, graph = self.call, self.graph
-        count = kept_count(ratio, call.tokens)
+        count = kept_count(ratio, call.tokens, staying_count(call.staying))
         if count == call.tokens:
             return self._whole(second)
         kept = _named(graph, f"kept_{call.index}", keep_tokens, (self.order(), count))
         tokens = _named(graph, f"tokens_{call.index}", gather_tokens, (self.stream, kept, call.pattern, call.tokens))
         results = self._run_kept(kept, tokens, second)
-        processed = results[call.output]
-        if call.gate == "straight_through" or call.gate in ("doubled_sigmoid", "sigmoid"):
-            scores = graph.call_function(ops.take_scores, (self.scores(), kept))
-            processed = _named(graph, f"gated_{call.index}", ops.gate_update, (tokens, processed, scores, call.gate, call.pattern))
-        results[call.output] = _named(graph, f"stream_{call.index}", scatter_tokens, (self.stream, processed, kept, call.pattern))
+        processed = self.gated(tokens, results[call.output], kept)
+        skip = graph.call_function(torch.zeros_like, (self.stream,)) if call.outside else self.stream
+        results[call.output] = _named(graph, f"stream_{call.index}", scatter_tokens, (skip, processed, kept, call.pattern))
         return results
 
     def _whole(self, second: bool) -> dict[int | str | None, fx.Node]:
@@ -149,8 +182,7 @@ class _Site:
         call = self.call
         results = self._call(self.arguments[0], self.arguments[1], second)
         if call.gate == "sigmoid":
-            gated = (self.stream, results[call.output], self.scores(), call.gate, call.pattern)
-            results[call.output] = _named(self.graph, f"gated_{call.index}", ops.gate_update, gated)
+            results[call.output] = self.gated(self.stream, results[call.output], None)
         return results
 
     def _run_kept(self, kept: fx.Node, tokens: fx.Node, second: bool) -> dict[int | str | None, fx.Node]:

@@ -14,12 +14,23 @@ from diffcr_surgery.axes import parse_axes
 from diffcr_surgery.trace.recorder import rng_state
 from diffcr_surgery.trace.recording import set_rng_state
 
-__all__ = ["blend", "blend_weight", "checkpointed", "gate_update", "take_scores", "without_random_trace"]
+__all__ = ["blend", "blend_weight", "checkpointed", "gate_update", "hold_scores", "take_scores", "without_random_trace"]
 
 
 def take_scores(scores: Tensor, kept: Tensor) -> Tensor:
     """Return the scores of the kept tokens, ``b n`` -> ``b k``."""
     return scores.gather(1, kept)
+
+
+def hold_scores(scores: Tensor, staying: Tensor, gate: str) -> Tensor:
+    """Give tokens that never bypass the score at which their gate is 1: no router decides on them, so none scales them.
+
+    Args:
+        scores: ``b n``.
+        staying: Which tokens stay, ``b n`` or ``1 n``.
+        gate: Gate form.
+    """
+    return scores.masked_fill(staying, 1.0 if gate == "sigmoid" else 0.5)
 
 
 def gate_update(tokens: Tensor, processed: Tensor, scores: Tensor, gate: str, pattern: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 import types
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -197,7 +198,7 @@ class _Builder:
         if name in ("__getitem__", "__setitem__"):
             return self.graph.call_function(getattr(operator, name.strip("_")), args, kwargs)
         method = isinstance(function, (types.MethodDescriptorType, types.WrapperDescriptorType))
-        method |= getattr(function, "__qualname__", "").startswith("Tensor.")
+        method |= getattr(function, "__qualname__", "").startswith(("Tensor.", "TensorBase."))
         if method and hasattr(torch.Tensor, name) and args and isinstance(args[0], fx.Node):
             return self.graph.call_method(name, args, kwargs)
         return self.graph.call_function(function, args, kwargs)
@@ -263,7 +264,7 @@ def _mentions(tree: Any, value: int) -> bool:
 def _fold(builder: _Builder, inputs: list[tuple[str, torch.Tensor]], output: Any) -> BuiltGraph:
     seen: set[int] = set()
     for name, tensor in inputs:
-        node = builder.last_placeholder = builder.graph.placeholder(name.replace(".", "_"))
+        node = builder.last_placeholder = builder.graph.placeholder(re.sub(r"\W", "_", name))
         node.meta["shape"], node.meta["dtype"] = tuple(tensor.shape), tensor.dtype
         value = builder.recorder.number(tensor) if id(tensor) not in seen else None
         seen.add(id(tensor))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -60,6 +61,7 @@ class Recording:
         samples: Kind of block call -> arguments one such call had; emptied once the proof is done.
         state: The model state the recording depends on, and its value at the time.
         derived: What a later stage made of this recording.
+        modules: Node of each module call -> the module.
     """
 
     graph: fx.Graph
@@ -70,10 +72,22 @@ class Recording:
     state_key: Hashable
     samples: dict[Hashable, BlockSample] = field(default_factory=dict)
     derived: Any = None
+    modules: dict[fx.Node, torch.nn.Module] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._run = compile_graph(self.graph)
         self.guarded = any(node.target is expect for node in self.graph.nodes)
+
+    @torch.no_grad()
+    def maps_zero_to_zero(self, node: fx.Node) -> bool:
+        """Tell whether a module called with one tensor leaves zeros zero, as dropout and a layer scale do."""
+        given: Any = node.args[0]
+        if node.meta.get("shape") != given.meta.get("shape"):
+            return False
+        twin = copy.deepcopy(self.modules[node]).eval()
+        first = next((p for p in twin.parameters()), torch.zeros(()))
+        zeros = torch.zeros(given.meta["shape"], dtype=given.meta["dtype"], device=first.device)
+        return not bool(twin(zeros).any())
 
     def run(self, model: torch.nn.Module, tensors: list[torch.Tensor]) -> Any:
         """Execute the graph on input tensors, with ``model`` as ``self``."""
@@ -217,7 +231,8 @@ def record(model: torch.nn.Module, call: Call, forward: Callable[..., Any]) -> R
         covered = {id(inner) for leaf in leaves.values() for inner in leaf.modules()}
         inlined = [module for module in model.modules() if id(module) not in covered]
         state = ModelState(inlined, leaves.values())
-        recording = Recording(built.graph, built.constants, built.output, calls, state, state.key())
+        modules = {node: frame.module for node, frame in built.frames.items()}
+        recording = Recording(built.graph, built.constants, built.output, calls, state, state.key(), modules=modules)
         del recorder, root
         _verify(recording, model, call, forward, rewind)
     return recording

@@ -1,0 +1,76 @@
+"""What the zoo knows of one class: how to build a tiny one, how to feed it, and what a plan should find."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from diffcr_surgery._tree import flatten
+
+ZOO: dict[str, Entry] = {}
+
+
+@dataclass(frozen=True, repr=False)
+class Entry:
+    """One class of the zoo.
+
+    Attributes:
+        name: Class name, an attribute of `diffusers` or of the module named in `module`.
+        config: Keyword arguments of the constructor; a tiny model.
+        example: `(batch, rows)` -> keyword arguments of forward. `rows` scales the latent (its height, or length): 4 is the usual size.
+        module: Where the class lives, if `diffusers` does not export it.
+        batches: Batch sizes the class takes.
+        rows: Latent sizes one model takes.
+        timestep: Name of the timestep argument, `None` where forward takes an embedding or nothing.
+        timestep_range: Its lowest and highest value.
+    """
+
+    name: str
+    config: dict[str, Any]
+    example: Callable[[int, int], dict[str, Any]]
+    module: str = "diffusers"
+    batches: tuple[int, ...] = (2, 3)
+    rows: tuple[int, ...] = (4, 6)
+    timestep: str | None = "timestep"
+    timestep_range: tuple[float, float] = (0.0, 1000.0)
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def build(self, seed: int = 0) -> nn.Module:
+        """Build the model from a seed; weights that start at zero get noise, so that every block does something."""
+        owner = __import__(self.module, fromlist=[self.name]) if self.module != "diffusers" else diffusers
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model: nn.Module = getattr(owner, self.name)(**self.config)
+            for parameter in model.parameters():
+                if not parameter.any():
+                    nn.init.normal_(parameter, std=0.2)
+        return model.eval()
+
+    def inputs(self, batch: int | None = None, rows: int | None = None, seed: int = 1) -> dict[str, Any]:
+        """Draw the arguments of one call from a seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.example(batch or self.batches[0], rows or self.rows[0])
+
+
+def entry(name: str, config: dict[str, Any], **options: Any) -> Callable[[Callable[[int, int], dict[str, Any]]], Entry]:
+    """Put a class into the zoo; decorates the function that makes its inputs."""
+
+    def add(example: Callable[[int, int], dict[str, Any]]) -> Entry:
+        assert name not in ZOO, f"{name} is in the zoo already"
+        ZOO[name] = Entry(name, config, example, **options)
+        return ZOO[name]
+
+    return add
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """Every tensor in an output, in order."""
+    return flatten(tree)[1]

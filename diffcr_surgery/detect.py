@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import operator
-from collections.abc import Callable, Container
+from collections.abc import Container
 from typing import Any, NamedTuple
 
 import torch
@@ -19,14 +19,15 @@ from torch import fx
 from diffcr_surgery._tree import Slot, map_leaves
 from diffcr_surgery.tokens import Spans
 
-__all__ = ["Lineage", "bound_arguments", "latent_input", "named_leaves", "residual_after"]
+__all__ = ["Lineage", "bound_arguments", "latent_input", "named_leaves", "residual_after", "spans"]
 
 # These move entries without looking at them, so they work on marks as they do on the tensors.
 _MOVES = frozenset(
     """
     cat concat concatenate stack getitem reshape view flatten unflatten permute transpose swapaxes swapdims movedim t chunk split
     split_with_sizes tensor_split unbind narrow select pad expand expand_as repeat repeat_interleave tile squeeze unsqueeze flip roll
-    contiguous clone detach pad_sequence view_as reshape_as broadcast_to hstack vstack T mT setitem copy_
+    contiguous clone detach pad_sequence view_as reshape_as broadcast_to hstack vstack T mT setitem copy index_select gather
+    take_along_dim index_copy index_put scatter where
     """.split()
 )
 
@@ -82,14 +83,18 @@ def named_leaves(module: torch.nn.Module, args: Any, kwargs: Any, kind: type) ->
 
 
 class Lineage:
-    """Follows the latent through a graph, node by node in order, entry by entry.
+    """Follows the latent through the flow of a recording, node by node in order, entry by entry.
 
     Every tensor gets a mark of its own shape that tells which entries stem from the latent. What moves entries (``cat``, slices,
-    reshapes, padding) is carried out on the marks; what maps them one by one joins the marks of its operands. So text in front of the
-    image tokens, registers and class tokens stay known, wherever the model puts them.
+    reshapes, padding, indexing) is carried out on the marks; what maps them one by one joins the marks of its operands. So text in front
+    of the image tokens, registers and class tokens stay known, wherever the model puts them.
+
+    Attributes:
+        pinned: Inputs whose content says where entries move; what was found holds for that content alone.
     """
 
     def __init__(self, latent: fx.Node | None) -> None:
+        self.pinned: set[fx.Node] = set()
         self._marks: dict[fx.Node, Any] = {}
         self._latent = latent
 
@@ -97,25 +102,18 @@ class Lineage:
         """Take in a node that is no block."""
         if node.op == "placeholder":
             self._mark(node, node is self._latent or self._latent is None)
-        elif node.op in ("call_function", "call_method", "call_module"):
+        elif node.op in ("call_function", "call_method") and node not in self._marks:  # an item of a block is settled with the block
             self._marks[node] = self._through(node)
 
-    def streams(self, module: torch.nn.Module, node: fx.Node) -> list[str]:
-        """Return the paths of a block call's arguments that carry the latent, in signature order."""
+    def streams(self, module: torch.nn.Module, node: fx.Node) -> dict[str, torch.Tensor]:
+        """Return path -> mark ``b n`` of a block call's arguments that carry the latent, in signature order."""
         leaves = named_leaves(module, node.args, node.kwargs, fx.Node)
-        return [path for path, (_, source) in leaves.items() if _any(self._marks.get(source))]
-
-    def staying(self, stream: fx.Node, tokens: int, batch: int | None) -> Spans:
-        """Return which tokens of a block's stream do not stem from the latent: text, registers, class tokens. They never bypass."""
-        mark = self._marks[stream].any(-1)
-        if batch is None:
-            rows = mark[None]
-        else:
-            rows = mark if (batch, tokens) == (0, 1) else mark.T
-        if not bool(rows.any(1).all()):
-            return ()
-        spans = tuple(_spans(row) for row in rows.logical_not().tolist())
-        return () if not any(spans) else spans[:1] if len(set(spans)) == 1 else spans
+        found = {
+            path: self._marks.get(source)
+            for path, (_, source) in leaves.items()
+            if getattr(source.meta.get("dtype"), "is_floating_point", False)
+        }
+        return {path: mark.any(-1) for path, mark in found.items() if isinstance(mark, torch.Tensor) and mark.ndim > 1 and mark.any()}
 
     def settle(self, node: fx.Node, stream: fx.Node | None, output_path: str | None, *, spread: bool = False) -> None:
         """Take in a block.
@@ -141,69 +139,74 @@ class Lineage:
             self._marks[node] = torch.full((), value).expand(shape) if mark is None else mark
 
     def _through(self, node: fx.Node) -> Any:
-        if node in self._marks:  # an item of a block's output, settled with the block
-            return self._marks[node]
         sources = [self._marks[source] for source in node.all_input_nodes if _any(self._marks.get(source))]
-        if not sources and not _writes(node):
+        if not sources:
             return None if "shape" not in node.meta else torch.zeros((), dtype=torch.bool).expand(node.meta["shape"])
-        name = getattr(node.target, "__name__", node.target) if node.op != "call_module" else ""
-        if name in ("getitem", "getattr") and isinstance(self._marks.get(node.args[0]), _Spread):  # type: ignore[arg-type]
-            return _joined(node, self._marks[node.args[0]].sources)  # type: ignore[index]
-        if name in _MOVES:
+        owner: Any = node.args[0] if node.args else None
+        if node.target in (operator.getitem, getattr) and isinstance(self._marks.get(owner), _Spread):
+            return _joined(node, self._marks[owner].sources)
+        if _name(node) in _MOVES:
             try:
                 return self._moved(node)
-            except Exception:  # an index that only the run knows, or arguments a mark cannot stand for
+            except Exception:  # an index whose content is not known, or arguments a mark cannot stand for
                 pass
         return _joined(node, [tensor for mark in sources for tensor in _flat(mark)])
 
     def _moved(self, node: fx.Node) -> Any:
         """Carry a node that moves entries out on the marks."""
+        pins: set[fx.Node] = set()
 
         def mark(source: fx.Node) -> Any:
-            if source not in self._marks or self._marks[source] is None:
+            found = self._marks.get(source)
+            if "content" in source.meta and not _any(found):
+                pins.update(_origins(source))
+                return source.meta["content"]
+            if found is None:
                 raise LookupError(source)
-            return self._marks[source]
+            return found
 
         args: Any = fx.map_arg(node.args, mark)
         kwargs: Any = fx.map_arg(node.kwargs, mark)
         target: Any = node.target
         if _writes(node):
-            target_node: Any = node.args[0]
-            self._marks[target_node] = args[0].clone()
-            args = (self._marks[target_node], *args[1:])
+            args = (args[0].clone(), *args[1:])
         made = getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs)
-        if isinstance(made, torch.Tensor) and tuple(made.shape) != tuple(node.meta["shape"]):
+        if node.target is operator.setitem:
+            owner: Any = node.args[0]
+            self._marks[owner], made = args[0], None
+        elif isinstance(made, torch.Tensor) and (tuple(made.shape) != tuple(node.meta["shape"]) or made.dtype != torch.bool):
             raise LookupError(node)
+        self.pinned |= pins
         return made
 
 
-def residual_after(output: fx.Node, stream: fx.Node, blocks: Container[fx.Node], is_update: Callable[[fx.Node], bool]) -> bool:
-    """Tell whether a block's output is added to the stream it came from, as in ``x + block(norm(x))``.
+def residual_after(output: fx.Node, stream: fx.Node, blocks: Container[fx.Node]) -> bool:
+    """Tell whether a block's output is added to the stream it came from, as in ``x + gate * block(norm(x))``.
 
     Args:
-        output: Node of the block's output that continues the stream.
+        output: Node of the block's output that continues the stream, in the flow of the recording.
         stream: Node of the stream that entered.
-        blocks: The block calls of the graph.
-        is_update: Tells whether a module node maps zero to zero, so that an update may pass through it.
+        blocks: The block calls.
     """
     sources = _same_shape_ancestors(stream, blocks)
     here = output
     while len(here.users) == 1:
         (user,) = here.users
-        name = "" if user.op == "call_module" else str(getattr(user.target, "__name__", user.target)).strip("_")
-        if name in ("add", "iadd"):
+        if _name(user) in ("add", "iadd"):
             return any(other in sources for other in user.all_input_nodes if other is not here)
-        scales = name == "mul" or (name in ("imul", "to", "contiguous", "clone", "dropout") and user.args[0] is here)
-        lone = user.op == "call_module" and user not in blocks and user.args == (here,) and not user.kwargs
-        if not (scales or (lone and is_update(user))):
+        if not (_name(user) == "mul" or (_name(user) in _KEEPS_ZERO and user.args[0] is here)):
             return False
         here = user
     return False
 
 
+_KEEPS_ZERO = frozenset("imul to type float half bfloat16 contiguous clone dropout".split())
+
+
 def _same_shape_ancestors(stream: fx.Node, blocks: Container[fx.Node]) -> set[fx.Node]:
     """Return the stream and what it was made from, as far back as the shape stays and no block lies between."""
-    found, waiting = set(), [stream]
+    found: set[fx.Node] = set()
+    waiting = [stream]
     while waiting:
         node = waiting.pop()
         if node not in found and node.meta.get("shape") == stream.meta["shape"]:
@@ -212,8 +215,46 @@ def _same_shape_ancestors(stream: fx.Node, blocks: Container[fx.Node]) -> set[fx
     return found
 
 
+def _name(node: fx.Node) -> str:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.strip("_")
+
+
+def _origins(node: fx.Node) -> set[fx.Node]:
+    """Return the inputs an index stems from.
+
+    Raises:
+        LookupError: If one is a floating-point tensor, or stems from a block, so that its content differs from call to call.
+    """
+    found: set[fx.Node] = set()
+    seen: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        here = waiting.pop()
+        if here in seen:
+            continue
+        seen.add(here)
+        if here.op == "call_module" or (here.op == "placeholder" and "content" not in here.meta):
+            raise LookupError(here)
+        found |= {here} if here.op == "placeholder" else set()
+        waiting += here.all_input_nodes
+    return found
+
+
+def spans(mark: torch.Tensor, batch: int | None) -> Spans:
+    """Return which tokens of a stream do not stem from the latent, for :func:`staying_tokens`.
+
+    Args:
+        mark: Which do, ``b n``, ``n b``, or ``n``.
+        batch: Batch axis.
+    """
+    rows = mark[None] if batch is None else mark if batch == 0 else mark.T
+    found = tuple(_runs(row) for row in rows.logical_not().tolist())
+    return () if not any(found) else found[:1] if len(set(found)) == 1 else found
+
+
 def _writes(node: fx.Node) -> bool:
-    return node.target in (operator.setitem, "copy_")
+    return node.target is operator.setitem or (isinstance(node.target, str) and node.target.endswith("_"))
 
 
 def _flat(mark: Any) -> list[torch.Tensor]:
@@ -249,11 +290,11 @@ def _joined(node: fx.Node, sources: list[torch.Tensor]) -> Any:
     return made
 
 
-def _spans(row: list[bool]) -> tuple[tuple[int, int], ...]:
+def _runs(row: list[bool]) -> tuple[tuple[int, int], ...]:
     """Return the runs of true entries as (start, stop).
 
     Example:
-        >>> _spans([True, True, False, True])
+        >>> _runs([True, True, False, True])
         ((0, 2), (3, 4))
     """
     edges = [i for i, (a, b) in enumerate(itertools.pairwise([False, *row, False])) if a != b]

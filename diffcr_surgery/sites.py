@@ -11,8 +11,8 @@ from torch import Tensor, fx
 
 from diffcr_surgery.align import Alignment, adds_only, align_block
 from diffcr_surgery.axes import parse_axes
-from diffcr_surgery.detect import Lineage, latent_input, named_leaves, residual_after
-from diffcr_surgery.errors import PatternError
+from diffcr_surgery.detect import Lineage, latent_input, named_leaves, residual_after, spans
+from diffcr_surgery.errors import PatternError, SurgeryError
 from diffcr_surgery.patterns import BlockPattern, pattern_of
 from diffcr_surgery.tokens import Spans
 from diffcr_surgery.trace.recording import BlockCall, Recording
@@ -51,35 +51,39 @@ def site_calls(recording: Recording, hints: Mapping[tuple[str, int], dict[str, s
     Raises:
         PatternError: If a registered pattern is contradicted by the proof.
     """
-    lineage = Lineage(latent_input(recording.graph, _output_shapes(recording)))
+    flow = recording.flow
+    if flow is None:
+        raise SurgeryError("This recording was aligned before; record the model anew.")
+    lineage = Lineage(latent_input(flow.graph, _output_shapes(flow.graph)))
     proven: dict[tuple[Hashable, ...], Alignment] = {}
     seen: dict[str, int] = {}
     calls: list[SiteCall] = []
-    for node in recording.graph.nodes:
-        block = recording.blocks.get(node)
-        if block is None:
+    for node in flow.graph.nodes:
+        if node not in flow.calls:
             lineage.follow(node)
             continue
+        block = recording.blocks[flow.calls[node]]
         occurrence = seen.get(block.path, 0)
         seen[block.path] = occurrence + 1
         streams = lineage.streams(block.module, node)
-        key = (block.kind, tuple(streams))
+        key = (block.kind, tuple((path, mark.numpy().tobytes()) for path, mark in streams.items()))
         if key not in proven:
-            proven[key] = _align(recording, node, streams, (hints or {}).get((block.path, occurrence)))
-        alignment = proven[key]
-        if not alignment.routable:
+            proven[key] = _align(recording, block, streams, (hints or {}).get((block.path, occurrence)))
+        found = proven[key]
+        if not found.routable:
             lineage.settle(node, None, None, spread=bool(streams))
-            calls.append(SiteCall(node, block.path, occurrence, alignment))
+            calls.append(SiteCall(flow.calls[node], block.path, occurrence, found))
             continue
-        stream = named_leaves(block.module, node.args, node.kwargs, fx.Node)[alignment.stream][1]
-        axes = parse_axes(alignment.axes[alignment.stream])
-        staying = lineage.staying(stream, axes.tokens[0], axes.batch)
-        output = _continuation(node, alignment.output)
-        outside = output is not None and residual_after(output, stream, recording.blocks, recording.maps_zero_to_zero)
-        outside = outside and adds_only(recording.samples[block.kind], alignment)
-        lineage.settle(node, stream, alignment.output)
-        calls.append(SiteCall(node, block.path, occurrence, alignment, staying, outside))
+        stream = named_leaves(block.module, node.args, node.kwargs, fx.Node)[found.stream][1]
+        staying = spans(streams[found.stream], parse_axes(found.axes[found.stream]).batch)
+        output = _continuation(node, found.output)
+        outside = output is not None and residual_after(output, stream, flow.calls) and adds_only(recording.samples[block.kind], found)
+        lineage.settle(node, stream, found.output)
+        calls.append(SiteCall(flow.calls[node], block.path, occurrence, found, staying, outside))
+    names = [node.name for node in flow.graph.nodes if node.op == "placeholder"]
+    recording.pinned = {names.index(node.name): node.meta["content"].clone() for node in lineage.pinned}
     recording.samples.clear()
+    recording.flow = None
     return calls
 
 
@@ -90,15 +94,15 @@ def _continuation(node: fx.Node, output: str) -> fx.Node | None:
     return next((user for user in node.users if user.target in (operator.getitem, getattr) and str(user.args[1]) == output), None)
 
 
-def _align(recording: Recording, node: fx.Node, streams: list[str], hint: dict[str, str] | None) -> Alignment:
-    block = recording.blocks[node]
+def _align(recording: Recording, block: BlockCall, streams: dict[str, Tensor], hint: dict[str, str] | None) -> Alignment:
     sample = recording.samples[block.kind]
     pattern = pattern_of(block.module)
     if pattern is None:
         return align_block(sample, streams, hint)
     declared = dict(pattern.inputs)
     _check_names(block, pattern, set(named_leaves(block.module, sample.args, sample.kwargs, Tensor)))
-    found = align_block(sample, [next(iter(declared))], declared, search=False)
+    stream = next(iter(declared))
+    found = align_block(sample, {stream: streams[stream]} if stream in streams else {}, declared, search=False)
     if streams and not found.routable:
         raise PatternError(
             f"Pattern {pattern.name!r} for {pattern.target} does not hold at {block.path}: {found.reason}. Declared: {declared}. "
@@ -120,6 +124,6 @@ def _check_names(block: BlockCall, pattern: BlockPattern, present: set[str]) -> 
         )
 
 
-def _output_shapes(recording: Recording) -> list[tuple[int, ...]]:
-    (output,) = (node for node in recording.graph.nodes if node.op == "output")
+def _output_shapes(graph: fx.Graph) -> list[tuple[int, ...]]:
+    (output,) = (node for node in graph.nodes if node.op == "output")
     return [tuple(node.meta["shape"]) for node in output.args[0] if "shape" in node.meta]

@@ -81,9 +81,13 @@ def rank_tokens(scores: Tensor, staying: Tensor | None = None) -> Tensor:
     return scores.argsort(dim=-1, descending=True, stable=True)
 
 
-def keep_tokens(order: Tensor, count: int) -> Tensor:
-    """Return the ``count`` most important tokens of a ranking, ``b n`` -> ``b k``."""
-    return order[:, :count]
+def keep_tokens(order: Tensor, count: int, in_order: bool = False) -> Tensor:
+    """Return the ``count`` most important tokens of a ranking, ``b n`` -> ``b k``.
+
+    With ``in_order`` they stand as they stood in the stream; a block may tell a prefix that stays from the rest by its place.
+    """
+    kept = order[:, :count]
+    return kept.sort(dim=1).values if in_order else kept
 
 
 def _rows(kept: Tensor, tokens: int) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,7 @@ from diffcr_surgery._tree import flatten
 from diffcr_surgery.align.proof import Subject, needs_samples, tolerance
 from diffcr_surgery.axes import TOKEN_WORDS, parse_axes
 from diffcr_surgery.detect import named_leaves
+from diffcr_surgery.tokens import keep_tokens, kept_count, rank_tokens
 from diffcr_surgery.trace.recording import BlockSample
 
 __all__ = ["Alignment", "adds_only", "align_block"]
@@ -57,12 +58,15 @@ class Alignment:
         return {path: pattern for path, pattern in self.axes.items() if parse_axes(pattern).tokens}
 
 
-def align_block(sample: BlockSample, streams: Iterable[str], hint: dict[str, str] | None = None, *, search: bool = True) -> Alignment:
+def align_block(
+    sample: BlockSample, streams: Mapping[str, Tensor], hint: dict[str, str] | None = None, *, search: bool = True
+) -> Alignment:
     """Find what moves with the tokens of a block, and prove it.
 
     Args:
         sample: The block and arguments it was really called with.
-        streams: Paths of the arguments that may be the routed stream, likeliest first.
+        streams: Path of each argument that may be the routed stream, likeliest first -> which of its tokens stem from the latent
+            (booleans, the stream's shape without channels); the others stay where they are.
         hint: Argument path -> axis pattern, tried first: a declared pattern or what was proven before.
         search: Whether to search when there is no hint or it fails.
 
@@ -80,7 +84,7 @@ def align_block(sample: BlockSample, streams: Iterable[str], hint: dict[str, str
         return Alignment(False, str(error))
     trial = _Trial(subject, named)
     for stream in candidates:
-        found = trial.settle(stream, hint, search)
+        found = trial.settle(stream, streams[stream], hint, search)
         if found is not None:
             return found
     return Alignment(False, trial.verdict(), error=trial.best, trials=trial.count)
@@ -113,51 +117,52 @@ class _Trial:
         return (
             f"its tokens are no set: permuting them changes the output by {self.best:.1e} of its spread (tolerance "
             f"{self._tolerance():.0e}); a convolution, a window, or positions counted inside the block"
+            + (f" (other arguments moved along: {self.complaint})" if self.complaint else "")
         )
 
     def _tolerance(self) -> float:
         return max(tolerance(t.dtype) for t in self.subject.baseline if t.is_floating_point())
 
-    def settle(self, stream: str, hint: dict[str, str] | None, search: bool) -> Alignment | None:
+    def settle(self, stream: str, mark: Tensor, hint: dict[str, str] | None, search: bool) -> Alignment | None:
         index = self.subject.paths.index(self.raw[stream])
         tensor = self.subject.tensors[index]
         outputs = [i for i, t in enumerate(self.subject.baseline) if t.shape == tensor.shape]
         for output, pattern in itertools.product(outputs, _stream_patterns(tensor)):
-            axis = parse_axes(pattern).tokens[0]
-            tokens = tensor.shape[axis]
-            if axis == 0 and tensor.ndim == 3 and not self.subject.mixes(index, output, axis):
+            axes = parse_axes(pattern)
+            moving = mark[None] if axes.batch is None else mark if axes.batch == 0 else mark.T
+            if axes.tokens == (0,) and tensor.ndim == 3 and not self.subject.mixes(index, output, 0):
                 continue  # any block is equivariant along its batch; tokens are what it mixes
-            if tokens < 2:
-                self.complaint = "the example holds a single token; a proof takes at least two"
+            if int(moving.sum(1).max()) < 2:
+                self.complaint = "its stream holds a single token that stems from the latent; a proof takes at least two"
                 continue
-            for assignment in self._assignments(index, pattern, tokens, hint, search):
-                error = self._error(assignment, index, output, tokens, pattern)
+            for assignment in self._assignments(index, pattern, moving.shape[1], hint, search):
+                error = self._error(assignment, index, output, moving, pattern)
                 if error <= self._tolerance():
-                    needless = [] if search else self._needless(assignment, index, output, tokens, pattern)
+                    needless = [] if search else self._needless(assignment, index, output, moving, pattern)
                     if needless:
                         self.complaint = f"{needless} need not move with the tokens, so gathering them would throw content away"
                         self.best = float("inf")
                         continue
-                    axes = {self.named[raw]: axes for raw, axes in assignment.items()}
+                    found = {self.named[raw]: words for raw, words in assignment.items()}
                     reason = f"proven, error {error:.0e}"
-                    return Alignment(True, reason, stream, self.subject.outputs[output], axes, tokens, error, self.count)
+                    return Alignment(True, reason, stream, self.subject.outputs[output], found, moving.shape[1], error, self.count)
         return None
 
-    def _error(self, patterns: dict[str, str], stream: int, output: int, tokens: int, pattern: str) -> float:
+    def _error(self, patterns: dict[str, str], stream: int, output: int, moving: Tensor, pattern: str) -> float:
         """Return the error of equivariance, infinite if the block does not run on permuted or on fewer tokens."""
         self.count += 1
         try:
-            error = self.subject.error(patterns, stream, output, tokens, pattern)
+            error = self.subject.error(patterns, stream, output, moving, pattern)
             self.best = min(self.best, error)
             if error > self._tolerance():
                 return error
             self.count += 1
-            return error if self._runs_on_fewer(patterns, stream, output, tokens, pattern) else float("inf")
+            return error if self._runs_on_fewer(patterns, stream, output, moving, pattern) else float("inf")
         except Exception as failure:  # a wrong assignment may break the block in any way
             self.complaint = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
             return float("inf")
 
-    def _needless(self, patterns: dict[str, str], stream: int, output: int, tokens: int, pattern: str) -> list[str]:
+    def _needless(self, patterns: dict[str, str], stream: int, output: int, moving: Tensor, pattern: str) -> list[str]:
         """Return the arguments without which a declared set passes too: text keys, say, which any permutation leaves alone."""
         own = self.subject.paths[stream]
         batch = parse_axes(pattern).batch
@@ -166,22 +171,23 @@ class _Trial:
         found = []
         for path in moved.keys() - {own}:
             fewer = self._complete({other: axes for other, axes in moved.items() if other != path}, samples, batch)
-            if self._error(fewer, stream, output, tokens, pattern) <= self._tolerance():
+            if self._error(fewer, stream, output, moving, pattern) <= self._tolerance():
                 found.append(self.named[path])
         return sorted(found)
 
-    def _runs_on_fewer(self, patterns: dict[str, str], stream: int, output: int, tokens: int, pattern: str) -> bool:
-        keep = max(1, tokens // 2)
-        axes = parse_axes(pattern)
-        shape = list(self.subject.tensors[stream].shape)
-        samples = 1 if axes.batch is None else shape[axes.batch]
-        kept = torch.arange(tokens - keep, tokens, device=self.subject.tensors[stream].device).expand(samples, -1)
+    def _runs_on_fewer(self, patterns: dict[str, str], stream: int, output: int, moving: Tensor, pattern: str) -> bool:
+        tokens = moving.shape[1]
+        staying = ~moving.to(self.subject.tensors[stream].device)
+        count = kept_count(0.5, tokens, int(staying.sum(1).max()))
+        later = torch.arange(tokens, device=staying.device, dtype=torch.float32).expand(staying.shape)
+        kept = keep_tokens(rank_tokens(later, staying), count, in_order=True)
         results = self.subject.run(patterns, kept, tokens, pattern)
-        shape[axes.tokens[0]] = keep
+        shape = list(self.subject.tensors[stream].shape)
+        shape[parse_axes(pattern).tokens[0]] = count
         others = [i for i in range(len(results)) if i != output]
         if list(results[output].shape) == shape and all(results[i].shape == self.subject.baseline[i].shape for i in others):
             return True
-        self.complaint = f"on {keep} of {tokens} tokens its output has shape {tuple(results[output].shape)}"
+        self.complaint = f"on {count} of {tokens} tokens its output has shape {tuple(results[output].shape)}"
         return False
 
     def _assignments(self, stream: int, pattern: str, tokens: int, hint: dict[str, str] | None, search: bool) -> Iterator[dict[str, str]]:

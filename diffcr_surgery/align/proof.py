@@ -66,19 +66,23 @@ class Subject:
                 return cls(twin, trial, template, paths, baseline, outputs)
         raise RuntimeError(f"it cannot be run on its own: {failure or 'its output is not finite'}")
 
-    def error(self, patterns: dict[str, str], stream: int, output: int, tokens: int, pattern_out: str) -> float:
-        """Return the largest relative error of equivariance under a random permutation per sample.
+    def error(self, patterns: dict[str, str], stream: int, output: int, moving: Tensor, pattern_out: str) -> float:
+        """Return the largest relative error of equivariance under a random permutation of the moving tokens, another for each sample.
 
         Args:
             patterns: Path -> axis pattern of the arguments that move with the tokens (and ``"b"`` for batched ones).
             stream: Index of the stream among the tensors.
             output: Index of the output that has to be permuted; all others have to stay.
-            tokens: n.
+            moving: Which tokens are permuted, ``b n``; the others stay in their places.
             pattern_out: Axis pattern of that output.
         """
         source = generator(0)
-        samples = self._samples(patterns, stream)
-        order = torch.stack([torch.randperm(tokens, generator=source) for _ in range(samples)]).to(self.tensors[stream].device)
+        tokens = moving.shape[1]
+        order = torch.arange(tokens).repeat(moving.shape[0], 1)
+        for row, mark in zip(order, moving, strict=True):
+            places = mark.nonzero().flatten()
+            row[places] = places[torch.randperm(len(places), generator=source)]
+        order = order.to(self.tensors[stream].device)
         moved = self.run(patterns, order, tokens, pattern_out)
         wanted = [gather_tokens(t, order, pattern_out, tokens) if i == output else t for i, t in enumerate(self.baseline)]
         if [t.shape for t in moved] != [t.shape for t in wanted]:
@@ -93,10 +97,6 @@ class Subject:
         changed = _call(self.block, self.template, tensors)[1][output]
         others = self.baseline[output].shape[axis] - 1
         return _gap(changed.narrow(axis, 1, others), self.baseline[output].narrow(axis, 1, others)) > tolerance(changed.dtype)
-
-    def _samples(self, patterns: dict[str, str], stream: int) -> int:
-        batch = parse_axes(patterns[self.paths[stream]]).batch
-        return 1 if batch is None else self.tensors[stream].shape[batch]
 
     @torch.no_grad()
     def run(self, patterns: dict[str, str], kept: Tensor, tokens: int, stream: str) -> list[Tensor]:

@@ -169,7 +169,7 @@ class _Site:
         count = kept_count(ratio, call.tokens, staying_count(call.staying))
         if count == call.tokens:
             return self._whole(second)
-        kept = _named(graph, f"kept_{call.index}", keep_tokens, (self.order(), count))
+        kept = _named(graph, f"kept_{call.index}", keep_tokens, (self.order(), count, *((True,) if call.staying else ())))
         tokens = _named(graph, f"tokens_{call.index}", gather_tokens, (self.stream, kept, call.pattern, call.tokens))
         results = self._run_kept(kept, tokens, second)
         processed = self.gated(tokens, results[call.output], kept)

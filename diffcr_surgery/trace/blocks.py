@@ -1,7 +1,9 @@
 """Which recorded module calls may be transformer blocks.
 
 Judged by what ran, not by names: a call that takes a token stream and returns one of the same shape, that mixes tokens, and that holds an
-MLP; and no call inside it does the same. The innermost such call is the block: a container of blocks never is.
+MLP; and no call inside it does the same. The innermost such call is the block: a container of blocks never is. A call that adds to the
+stream it was given is the block all the same when what looks like one inside it is but a part: attention with the MLP beside it in one
+module, or attention with a gate and a mixture of experts.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from diffcr_surgery.trace.recorder import Frame, FunctionEvent, Meta, Recorder, 
 __all__ = ["block_candidates", "block_kind", "refs_of", "stream_pairs"]
 
 _ATTENTION = frozenset(
-    "scaled_dot_product_attention softmax multi_head_attention_forward flex_attention _native_multi_head_attention "
+    "scaled_dot_product_attention multi_head_attention_forward flex_attention _native_multi_head_attention "
     "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention flash_attn_func flash_attn_varlen_func".split()
 )
 _PRODUCTS = frozenset("matmul __matmul__ __rmatmul__ bmm baddbmm einsum".split())
@@ -83,17 +85,40 @@ def block_candidates(recorder: Recorder, root: Frame) -> set[int]:
     """Return ``id`` of each module whose call is the innermost that looks like a transformer block."""
     blocks: set[int] = set()
 
-    def visit(frame: Frame) -> bool:
-        inner = [visit(event) for event in frame.events if isinstance(event, Frame)]
-        if any(inner):
-            return True
+    def visit(frame: Frame) -> list[Frame]:
+        inner = [found for event in frame.events if isinstance(event, Frame) for found in visit(event)]
         if frame is root or not _qualifies(recorder, frame):
-            return False
-        blocks.add(id(frame.module))
-        return True
+            return inner
+        parts = len({type(found.module) for found in inner}) == len(inner)
+        if inner and not (parts and _adds_to_its_stream(recorder, frame)):
+            return inner
+        return [frame]
 
-    visit(root)
+    blocks.update(id(frame.module) for frame in visit(root))
     return blocks
+
+
+def _adds_to_its_stream(recorder: Recorder, frame: Frame) -> bool:
+    """Tell whether a call adds something to a stream it was given, outside every inner call."""
+    arguments = refs_of((frame.args, frame.kwargs))
+    streams = {_origin(recorder, arguments[path]) for path, _ in stream_pairs(recorder, frame)}
+    for event in frame.events:
+        if not isinstance(event, FunctionEvent):
+            continue
+        operands = {_origin(recorder, value) for value in refs_of((event.args, event.kwargs)).values()}
+        if operands & streams:
+            name = function_name(event.function).strip("_")
+            if name in ("add", "iadd", "radd", "addcmul"):
+                return True
+            if name in ("to", "float", "type", "type_as", "clone", "contiguous"):
+                streams |= set(refs_of(event.output).values())
+    return False
+
+
+def _origin(recorder: Recorder, value: int) -> int:
+    while value in recorder.alias:
+        value = recorder.alias[value]
+    return value
 
 
 def _structure(module: torch.nn.Module) -> Hashable:

@@ -14,9 +14,10 @@ from torch import fx
 
 from diffcr_surgery._tree import is_dataclass_value, map_leaves
 from diffcr_surgery.errors import TraceError
+from diffcr_surgery.trace.blocks import refs_of
 from diffcr_surgery.trace.recorder import Effect, Frame, FunctionEvent, Recorder, Ref, function_name
 
-__all__ = ["BuiltGraph", "StaleRecordingError", "build", "expect"]
+__all__ = ["BuiltGraph", "StaleRecordingError", "build", "build_flow", "expect"]
 
 _INLINE = (
     int,
@@ -61,13 +62,18 @@ class BuiltGraph:
     frames: dict[fx.Node, Frame] = field(default_factory=dict)
 
 
+def _unlogged(args: Any, kwargs: Any) -> None:
+    """Stand in for what a module did unseen, in a graph that is never run."""
+
+
 class _LeakError(Exception):
     """A tensor made inside a leaf module is used outside without having been returned."""
 
 
 class _Builder:
-    def __init__(self, recorder: Recorder, root: Frame, leaves: Collection[int]) -> None:
+    def __init__(self, recorder: Recorder, root: Frame, leaves: Collection[int], *, flow: bool = False) -> None:
         self.recorder = recorder
+        self.flow = flow
         self.root = root
         self.leaves = leaves
         self.graph = fx.Graph()
@@ -136,6 +142,8 @@ class _Builder:
             self.nodes[output.value] = node
             meta = self.recorder.meta[output.value]
             node.meta["shape"], node.meta["dtype"] = meta.shape, meta.dtype
+            if self.flow and output.value in self.recorder.indices:
+                node.meta["content"] = self.recorder.indices[output.value]
         elif is_dataclass_value(output):
             for name, value in vars(output).items():
                 if _holds_ref(value):
@@ -162,8 +170,23 @@ class _Builder:
                 self.assign(node, event.output)
             else:
                 self.emit(event)
+                if self.flow:
+                    self._close(event)
+
+    def _close(self, frame: Frame) -> None:
+        """Let an output of a module that no logged function made (a custom kernel's) stem from all the module was given."""
+        for value in refs_of(frame.output).values():
+            try:
+                self.node_of(value)
+            except _LeakError:
+                meta = self.recorder.meta[value]
+                node = self.graph.call_function(_unlogged, (self.operand(frame.args), self.operand(frame.kwargs)))
+                node.meta["shape"], node.meta["dtype"] = meta.shape, meta.dtype
+                self.nodes[value] = node
 
     def _state(self, event: FunctionEvent | Frame, what: str) -> None:
+        if self.flow:
+            return
         if event.autocast != self.root.autocast:
             raise TraceError(
                 f"{what} runs under another autocast state than the model itself ({event.autocast} inside, {self.root.autocast} outside). "
@@ -176,6 +199,8 @@ class _Builder:
     def _function(self, event: FunctionEvent) -> None:
         args, kwargs = self.operand(event.args), self.operand(event.kwargs)
         node = self._call(event.function, args, kwargs)
+        if event.effect == Effect.READS and self.flow:
+            return
         if event.effect == Effect.READS:
             inline = type(event.output) in (*_INLINE, list, tuple)
             if not inline and type(event.output).__module__ != "numpy":
@@ -245,6 +270,14 @@ def build(recorder: Recorder, root: Frame, inputs: list[tuple[str, torch.Tensor]
             leaves = leaves - {id(m) for m in culprit.module.modules()} | {id(m) for m in culprit.module.children()}
 
 
+def build_flow(recorder: Recorder, root: Frame, inputs: list[tuple[str, torch.Tensor]], blocks: Collection[int]) -> BuiltGraph:
+    """Fold the log into a graph in which the blocks alone are nodes and all other modules are spread out, to follow data through.
+
+    It is read, never run. Integer and boolean tensors carry their content in ``node.meta["content"]``.
+    """
+    return _fold(_Builder(recorder, root, blocks, flow=True), inputs, None)
+
+
 def _maker(frame: Frame, value: int, leaves: Collection[int]) -> Frame | None:
     """Return the leaf frame inside which tensor ``value`` was made."""
     for event in frame.walk():
@@ -266,6 +299,8 @@ def _fold(builder: _Builder, inputs: list[tuple[str, torch.Tensor]], output: Any
     for name, tensor in inputs:
         node = builder.last_placeholder = builder.graph.placeholder(re.sub(r"\W", "_", name))
         node.meta["shape"], node.meta["dtype"] = tuple(tensor.shape), tensor.dtype
+        if builder.flow and not (tensor.is_floating_point() or tensor.is_complex()):
+            node.meta["content"] = tensor
         value = builder.recorder.number(tensor) if id(tensor) not in seen else None
         seen.add(id(tensor))
         if value is not None:

@@ -34,6 +34,9 @@ __all__ = [
 ]
 
 
+MAX_INDEX = 1 << 20  # entries of an index tensor whose content is remembered
+
+
 @dataclasses.dataclass(frozen=True)
 class Ref(Leaf):
     """The tensor that was logged under number ``value``."""
@@ -137,6 +140,7 @@ class Recorder(TorchFunctionMode):
         self.alias: dict[int, int] = {}  # a later number of a tensor object -> its earlier one
         self.fresh: dict[int, torch.Tensor] = {}  # tensors no logged call made: inputs, parameters, constants
         self.dynamic: set[int] = set()  # numbers whose content may differ from call to call
+        self.indices: dict[int, torch.Tensor] = {}  # content of integer and boolean tensors, which may say where tokens lie
         self._numbers: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
         self._thread = threading.get_ident()
         self._paths: dict[int, str] = {}
@@ -160,6 +164,8 @@ class Recorder(TorchFunctionMode):
     def _renumber(self, tensor: torch.Tensor) -> int:
         entry = self._numbers.get(id(tensor))
         value = len(self.meta)
+        if not (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel() <= MAX_INDEX:
+            self.indices[value] = tensor.detach().clone()
         if entry is not None and entry[0]() is tensor:
             self.alias[value] = entry[1]
         self.meta[value] = Meta(tuple(tensor.shape), tensor.dtype)
@@ -232,6 +238,8 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Call ``func`` and log it if a tensor is made, written or read by it."""
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # flex attention compiles itself, and would compile the recorder with it
+            return func(*args, **kwargs)
         before = self._refer((args, kwargs))  # numbers as of before the call: an in-place write changes them
         output = func(*args, **kwargs)
         effect = _effect(func, args, kwargs, output)

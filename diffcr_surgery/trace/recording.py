@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -16,12 +15,12 @@ from torch import fx
 from diffcr_surgery._tree import fill, flatten, map_leaves
 from diffcr_surgery.errors import TraceError
 from diffcr_surgery.trace.blocks import block_candidates, block_kind
-from diffcr_surgery.trace.builder import StaleRecordingError, build, expect
+from diffcr_surgery.trace.builder import BuiltGraph, StaleRecordingError, build, build_flow, expect
 from diffcr_surgery.trace.key import Call, ModelState, input_key, model_device
 from diffcr_surgery.trace.perturb import perturb_inputs
-from diffcr_surgery.trace.recorder import Recorder, rng_state
+from diffcr_surgery.trace.recorder import Frame, Recorder, rng_state
 
-__all__ = ["BlockCall", "BlockSample", "Recording", "Recordings", "compile_graph", "record", "undisturbed"]
+__all__ = ["BlockCall", "BlockSample", "Flow", "Recording", "Recordings", "compile_graph", "record", "undisturbed"]
 
 MAX_RECORDINGS = 64
 MAX_VARIANTS = 16
@@ -49,6 +48,19 @@ class BlockCall:
     random: bool
 
 
+@dataclass(frozen=True)
+class Flow:
+    """A run as a graph of functions and blocks, to follow data through; never run.
+
+    Attributes:
+        graph: The graph.
+        calls: Its block nodes, in order -> the node of the same call in the recording's graph.
+    """
+
+    graph: fx.Graph
+    calls: dict[fx.Node, fx.Node]
+
+
 @dataclass
 class Recording:
     """A graph that reproduces the model bit for bit under one key.
@@ -61,7 +73,8 @@ class Recording:
         samples: Kind of block call -> arguments one such call had; emptied once the proof is done.
         state: The model state the recording depends on, and its value at the time.
         derived: What a later stage made of this recording.
-        modules: Node of each module call -> the module.
+        flow: The same run with all modules but blocks spread out; dropped once the proof is done.
+        pinned: Input number -> the content it must have, where that says which tokens stem from the latent.
     """
 
     graph: fx.Graph
@@ -72,22 +85,17 @@ class Recording:
     state_key: Hashable
     samples: dict[Hashable, BlockSample] = field(default_factory=dict)
     derived: Any = None
-    modules: dict[fx.Node, torch.nn.Module] = field(default_factory=dict)
+    flow: Flow | None = None
+    pinned: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._run = compile_graph(self.graph)
         self.guarded = any(node.target is expect for node in self.graph.nodes)
 
-    @torch.no_grad()
-    def maps_zero_to_zero(self, node: fx.Node) -> bool:
-        """Tell whether a module called with one tensor leaves zeros zero, as dropout and a layer scale do."""
-        given: Any = node.args[0]
-        if node.meta.get("shape") != given.meta.get("shape"):
-            return False
-        twin = copy.deepcopy(self.modules[node]).eval()
-        first = next((p for p in twin.parameters()), torch.zeros(()))
-        zeros = torch.zeros(given.meta["shape"], dtype=given.meta["dtype"], device=first.device)
-        return not bool(twin(zeros).any())
+    def fits(self, call: Call) -> bool:
+        """Tell whether the model is in the recorded state, and inputs that were pinned are what they were."""
+        pinned = all(torch.equal(call.tensors[index], content) for index, content in self.pinned.items())
+        return pinned and self.state.key() == self.state_key
 
     def run(self, model: torch.nn.Module, tensors: list[torch.Tensor]) -> Any:
         """Execute the graph on input tensors, with ``model`` as ``self``."""
@@ -146,7 +154,7 @@ class Recordings:
         return use(made)
 
     def _try(self, key: Hashable, model: torch.nn.Module, call: Call, use: Callable[[Recording], T]) -> tuple[T] | None:
-        for recording in self._valid(key):
+        for recording in self._valid(key, call):
             if not recording.guarded:
                 return (use(recording),)
             device = model_device(model, call.tensors)
@@ -157,8 +165,8 @@ class Recordings:
                 set_rng_state(start, device)
         return None
 
-    def _valid(self, key: Hashable) -> list[Recording]:
-        return [recording for recording in list(self._entries.get(key, ())) if recording.state.key() == recording.state_key]
+    def _valid(self, key: Hashable, call: Call) -> list[Recording]:
+        return [recording for recording in list(self._entries.get(key, ())) if recording.fits(call)]
 
     def _store(self, key: Hashable, recording: Recording) -> None:
         variants = self._entries.setdefault(key, [])
@@ -231,11 +239,17 @@ def record(model: torch.nn.Module, call: Call, forward: Callable[..., Any]) -> R
         covered = {id(inner) for leaf in leaves.values() for inner in leaf.modules()}
         inlined = [module for module in model.modules() if id(module) not in covered]
         state = ModelState(inlined, leaves.values())
-        modules = {node: frame.module for node, frame in built.frames.items()}
-        recording = Recording(built.graph, built.constants, built.output, calls, state, state.key(), modules=modules)
+        flow = _flow(recorder, root, call, blocks, built)
+        recording = Recording(built.graph, built.constants, built.output, calls, state, state.key(), flow=flow)
         del recorder, root
         _verify(recording, model, call, forward, rewind)
     return recording
+
+
+def _flow(recorder: Recorder, root: Frame, call: Call, blocks: set[int], built: BuiltGraph) -> Flow:
+    flow = build_flow(recorder, root, list(zip(call.paths, call.tensors, strict=True)), blocks)
+    nodes = {id(frame): node for node, frame in built.frames.items()}
+    return Flow(flow.graph, {node: nodes[id(frame)] for node, frame in flow.frames.items()})
 
 
 def _verify(recording: Recording, model: torch.nn.Module, call: Call, forward: Callable[..., Any], rewind: Callable[[], None]) -> None:
@@ -281,10 +295,18 @@ def _reference(call: Call, forward: Callable[..., Any], rewind: Callable[[], Non
     for integers in (True, False):
         tensors = perturb_inputs(call.tensors, integers=integers)
         try:
-            return tensors, _run(call, tensors, forward)
+            output = _run(call, tensors, forward)
+            if _finite(output):
+                return tensors, output
         except Exception:  # a model may refuse any input by any error; the unperturbed ones are known to work
-            rewind()
+            pass
+        rewind()
     return call.tensors, _run(call, call.tensors, forward)
+
+
+def _finite(output: Any) -> bool:
+    """Tell whether a run made sense: a text mask perturbed to all zeros, say, makes attention divide by zero."""
+    return all(bool(t.isfinite().all()) for t in flatten(output)[1] if t.is_floating_point())
 
 
 def _run(call: Call, tensors: list[torch.Tensor], forward: Callable[..., Any]) -> Any:

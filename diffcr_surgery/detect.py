@@ -19,7 +19,7 @@ from torch import fx
 from diffcr_surgery._tree import Slot, map_leaves
 from diffcr_surgery.tokens import Spans
 
-__all__ = ["Lineage", "bound_arguments", "latent_input", "named_leaves", "residual_after", "spans"]
+__all__ = ["Lineage", "bound_arguments", "latent_inputs", "named_leaves", "residual_after", "spans"]
 
 # These move entries without looking at them, so they work on marks as they do on the tensors.
 _MOVES = frozenset(
@@ -32,22 +32,28 @@ _MOVES = frozenset(
 )
 
 
-def latent_input(graph: fx.Graph, output_shapes: list[tuple[int, ...]]) -> fx.Node | None:
+def latent_inputs(graph: fx.Graph) -> set[fx.Node]:
     """Return the input the model denoises: the first one shaped like an output, up to one axis (its channels).
 
-    Falls back to the first floating-point input, in the order of the forward signature.
+    Falls back to the first floating-point input, in the order of the forward signature. Of a list of tensors, one a sample, all count.
     """
-    inputs: list[fx.Node] = [
-        node
-        for node in graph.nodes
-        if node.op == "placeholder" and getattr(node.meta.get("dtype"), "is_floating_point", False) and len(node.meta["shape"]) >= 2
-    ]
-    for node in inputs:
-        shape = node.meta["shape"]
-        for output in output_shapes:
-            if len(shape) == len(output) and sum(a != b for a, b in zip(shape, output, strict=True)) <= 1:
-                return node
-    return inputs[0] if inputs else None
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    results = [tuple(node.meta["shape"]) for node in output.args[0] if "shape" in node.meta]
+    inputs = [node for node in graph.nodes if node.op == "placeholder" and _is_float(node) and len(node.meta["shape"]) >= 2]
+    alike = (node for node in inputs if any(_alike(node.meta["shape"], shape) for shape in results))
+    found = next(alike, inputs[0] if inputs else None)
+    if found is None:
+        return set()
+    owner = found.meta["path"].split(".")[0]
+    return {node for node in inputs if node.meta["path"].split(".")[0] == owner}
+
+
+def _alike(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    return len(shape) == len(other) and sum(a != b for a, b in zip(shape, other, strict=True)) <= 1
+
+
+def _is_float(node: fx.Node) -> bool:
+    return getattr(node.meta.get("dtype"), "is_floating_point", False)
 
 
 def bound_arguments(module: torch.nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -93,7 +99,7 @@ class Lineage:
         pinned: Inputs whose content says where entries move; what was found holds for that content alone.
     """
 
-    def __init__(self, latent: fx.Node | None) -> None:
+    def __init__(self, latent: set[fx.Node]) -> None:
         self.pinned: set[fx.Node] = set()
         self._marks: dict[fx.Node, Any] = {}
         self._latent = latent
@@ -101,7 +107,7 @@ class Lineage:
     def follow(self, node: fx.Node) -> None:
         """Take in a node that is no block."""
         if node.op == "placeholder":
-            self._mark(node, node is self._latent or self._latent is None)
+            self._mark(node, node in self._latent or not self._latent)
         elif node.op in ("call_function", "call_method") and node not in self._marks:  # an item of a block is settled with the block
             self._marks[node] = self._through(node)
 
@@ -115,23 +121,23 @@ class Lineage:
         }
         return {path: mark.any(-1) for path, mark in found.items() if isinstance(mark, torch.Tensor) and mark.ndim > 1 and mark.any()}
 
-    def settle(self, node: fx.Node, stream: fx.Node | None, output_path: str | None, *, spread: bool = False) -> None:
-        """Take in a block.
+    def settle(self, node: fx.Node, stream: fx.Node, output_path: str) -> None:
+        """Take in a routed block: only the output that continues its stream carries the latent, token by token as it came."""
+        head = output_path.split(".")[0]
+        for output in self._outputs(node):
+            own = output is node or str(output.args[1]) == head
+            self._mark(output, False, self._marks[stream] if own else None)
 
-        Args:
-            node: Its call.
-            stream: The stream it routes; only the output that continues it carries the latent.
-            output_path: Path of that output.
-            spread: Whether all outputs carry the latent, as those of a block do that reads it and cannot be routed.
-        """
-        source = None if stream is None else self._marks[stream]
-        head = (output_path or "").split(".")[0]
-        if "shape" in node.meta:
-            self._mark(node, spread, source)
-            return
-        for user in node.users:
-            own = source is not None and user.target in (operator.getitem, getattr) and str(user.args[1]) == head
-            self._mark(user, spread, source if own else None)
+    def settle_dense(self, module: torch.nn.Module, node: fx.Node) -> None:
+        """Take in a block that is not routed: an output shaped like a stream it read carries that on, any other all of the latent."""
+        sources = [self._marks.get(source) for _, source in named_leaves(module, node.args, node.kwargs, fx.Node).values()]
+        marked = [mark for mark in sources if _any(mark) and isinstance(mark, torch.Tensor)]
+        for output in self._outputs(node):
+            alike = next((mark for mark in marked if tuple(mark.shape) == output.meta.get("shape")), None)
+            self._mark(output, bool(marked), alike)
+
+    def _outputs(self, node: fx.Node) -> list[fx.Node]:
+        return [node] if "shape" in node.meta else [user for user in node.users if user.target in (operator.getitem, getattr)]
 
     def _mark(self, node: fx.Node, value: bool, mark: torch.Tensor | None = None) -> None:
         shape = node.meta.get("shape")

@@ -206,6 +206,7 @@ def routed_call(recording: Recording, call: SiteCall, index: int, gate: str) -> 
     pattern = found.axes[found.stream]
     batch = parse_axes(pattern).batch
     raw_stream, stream = named[found.stream]
+    numbers = named_leaves(block.module, call.node.args, call.node.kwargs, int)
     return RoutedCall(
         index=index,
         path=call.path,
@@ -219,6 +220,7 @@ def routed_call(recording: Recording, call: SiteCall, index: int, gate: str) -> 
         gate=gate,
         staying=call.staying,
         outside=call.outside,
+        counts={numbers[name][0]: word for name, word in found.counts.items()},
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from diffcr_surgery.align import Alignment, adds_only, align_block
 from diffcr_surgery.axes import parse_axes
-from diffcr_surgery.detect import Lineage, latent_input, named_leaves, residual_after, spans
+from diffcr_surgery.detect import Lineage, latent_inputs, named_leaves, residual_after, spans
 from diffcr_surgery.errors import PatternError, SurgeryError
 from diffcr_surgery.patterns import BlockPattern, pattern_of
 from diffcr_surgery.tokens import Spans
@@ -54,7 +54,7 @@ def site_calls(recording: Recording, hints: Mapping[tuple[str, int], dict[str, s
     flow = recording.flow
     if flow is None:
         raise SurgeryError("This recording was aligned before; record the model anew.")
-    lineage = Lineage(latent_input(flow.graph, _output_shapes(flow.graph)))
+    lineage = Lineage(latent_inputs(flow.graph))
     proven: dict[tuple[Hashable, ...], Alignment] = {}
     seen: dict[str, int] = {}
     calls: list[SiteCall] = []
@@ -71,7 +71,7 @@ def site_calls(recording: Recording, hints: Mapping[tuple[str, int], dict[str, s
             proven[key] = _align(recording, block, streams, (hints or {}).get((block.path, occurrence)))
         found = proven[key]
         if not found.routable:
-            lineage.settle(node, None, None, spread=bool(streams))
+            lineage.settle_dense(block.module, node)
             calls.append(SiteCall(flow.calls[node], block.path, occurrence, found))
             continue
         stream = named_leaves(block.module, node.args, node.kwargs, fx.Node)[found.stream][1]
@@ -122,8 +122,3 @@ def _check_names(block: BlockCall, pattern: BlockPattern, present: set[str]) -> 
             f"Pattern {pattern.name!r} for {pattern.target} declares {unknown}, and {block.path} has no such argument; its forward takes "
             f"{sorted(parameters)}. Declared: {dict(pattern.inputs)}. Correct the pattern, or remove it and let the search decide."
         )
-
-
-def _output_shapes(graph: fx.Graph) -> list[tuple[int, ...]]:
-    (output,) = (node for node in graph.nodes if node.op == "output")
-    return [tuple(node.meta["shape"]) for node in output.args[0] if "shape" in node.meta]

@@ -11,6 +11,7 @@ import copy
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ class Alignment:
         tokens: n in the arguments the proof was run on.
         error: Largest error of the proof relative to the output's spread.
         trials: Number of block calls the search took.
+        counts: Path of each whole number that counts tokens -> ``"n"`` (those that may bypass) or ``"m+n"`` (all).
     """
 
     routable: bool
@@ -51,11 +53,13 @@ class Alignment:
     tokens: int = 0
     error: float = float("inf")
     trials: int = 0
+    counts: dict[str, str] = field(default_factory=dict)
 
     @property
     def aligned(self) -> dict[str, str]:
-        """Argument path -> axis pattern of the arguments that move with the tokens."""
-        return {path: pattern for path, pattern in self.axes.items() if parse_axes(pattern).tokens}
+        """Argument path -> axis pattern of the arguments that move with the tokens, and ``"#n"`` for a number that counts them."""
+        moved = {path: pattern for path, pattern in self.axes.items() if parse_axes(pattern).tokens}
+        return moved | {path: f"#{word}" for path, word in self.counts.items()}
 
 
 def align_block(
@@ -82,11 +86,13 @@ def align_block(
         subject = Subject.prepare(sample.module, sample.args, sample.kwargs)
     except RuntimeError as error:
         return Alignment(False, str(error))
-    trial = _Trial(subject, named)
+    trial = _Trial(subject, named, named_leaves(sample.module, sample.args, sample.kwargs, int))
     for stream in candidates:
         found = trial.settle(stream, streams[stream], hint, search)
         if found is not None:
             return found
+    if search:
+        trial.several = next(filter(None, (trial.moves_several(stream, streams[stream]) for stream in candidates)), [])
     return Alignment(False, trial.verdict(), error=trial.best, trials=trial.count)
 
 
@@ -103,17 +109,25 @@ def adds_only(sample: BlockSample, found: Alignment) -> bool:
 class _Trial:
     """The search over one block's arguments."""
 
-    def __init__(self, subject: Subject, named: dict[str, str]) -> None:
+    def __init__(self, subject: Subject, named: dict[str, str], numbers: dict[str, tuple[str, Any]]) -> None:
         self.subject = subject
         self.raw = named
+        self.numbers = numbers
         self.named = {raw: name for name, raw in named.items()}
         self.count = 1
         self.best = float("inf")
         self.complaint = ""
+        self.several: list[str] = []
 
     def verdict(self) -> str:
+        if self.several:
+            return (
+                f"its tokens are a set, but its outputs {self.several} all move with them, and only one can take a bypassed token up again"
+            )
         if self.best == float("inf"):
             return f"no set of arguments moves with its tokens ({self.complaint or 'no output has the shape of its stream'})"
+        if self.best <= self._tolerance():
+            return f"it takes its tokens in any order (error {self.best:.1e}), but not fewer of them: {self.complaint}"
         return (
             f"its tokens are no set: permuting them changes the output by {self.best:.1e} of its spread (tolerance "
             f"{self._tolerance():.0e}); a convolution, a window, or positions counted inside the block"
@@ -145,14 +159,56 @@ class _Trial:
                         continue
                     found = {self.named[raw]: words for raw, words in assignment.items()}
                     reason = f"proven, error {error:.0e}"
-                    return Alignment(True, reason, stream, self.subject.outputs[output], found, moving.shape[1], error, self.count)
+                    path = self.subject.outputs[output]
+                    counts = self._counts(assignment, index, output, moving, pattern)
+                    return Alignment(True, reason, stream, path, found, moving.shape[1], error, self.count, counts)
         return None
+
+    def moves_several(self, stream: str, mark: Tensor) -> list[str]:
+        """Return the outputs that all move with the tokens of a block that could not be routed, if that is what stands in the way."""
+        index = self.subject.paths.index(self.raw[stream])
+        outputs = [i for i, t in enumerate(self.subject.baseline) if t.shape == self.subject.tensors[index].shape]
+        if len(outputs) < 2 or mark.ndim != 2:
+            return []
+        for assignment in self._assignments(index, "b n c", mark.shape[1], None, True):
+            self.count += 1
+            try:
+                error = self.subject.error(assignment, index, outputs, mark, "b n c")
+            except Exception:  # as in _error
+                continue
+            if error <= self._tolerance():
+                return [self.subject.outputs[i] for i in outputs]
+        return []
+
+    def _counts(self, patterns: dict[str, str], stream: int, output: int, moving: Tensor, pattern: str) -> dict[str, str]:
+        """Return the whole numbers among the arguments that have to follow the number of tokens.
+
+        Such a number equals it, and the block, run on fewer tokens, gives something else when the number follows; a number that does
+        not concern the tokens would break the block, or change nothing.
+        """
+        total, most = moving.shape[1], int(moving.sum(1).max())
+        found: dict[str, str] = {}
+        for name, (path, value) in self.numbers.items():
+            if type(value) is not int or value not in (most, total):
+                continue
+            word = "m+n" if value == total and most < total else "n"
+            kept = self._half(stream, moving)
+            follows = kept.shape[1] - (total - most if word == "n" else 0)
+            self.count += 2
+            try:
+                changed = self.subject.run(patterns, kept, total, pattern, {path: follows})[output]
+                plain = self.subject.run(patterns, kept, total, pattern)[output]
+            except Exception:  # a number of heads, say, that happens to equal the number of tokens
+                continue
+            if changed.shape == plain.shape and not torch.equal(changed, plain):
+                found[name] = word
+        return found
 
     def _error(self, patterns: dict[str, str], stream: int, output: int, moving: Tensor, pattern: str) -> float:
         """Return the error of equivariance, infinite if the block does not run on permuted or on fewer tokens."""
         self.count += 1
         try:
-            error = self.subject.error(patterns, stream, output, moving, pattern)
+            error = self.subject.error(patterns, stream, [output], moving, pattern)
             self.best = min(self.best, error)
             if error > self._tolerance():
                 return error
@@ -177,10 +233,8 @@ class _Trial:
 
     def _runs_on_fewer(self, patterns: dict[str, str], stream: int, output: int, moving: Tensor, pattern: str) -> bool:
         tokens = moving.shape[1]
-        staying = ~moving.to(self.subject.tensors[stream].device)
-        count = kept_count(0.5, tokens, int(staying.sum(1).max()))
-        later = torch.arange(tokens, device=staying.device, dtype=torch.float32).expand(staying.shape)
-        kept = keep_tokens(rank_tokens(later, staying), count, in_order=True)
+        kept = self._half(stream, moving)
+        count = kept.shape[1]
         results = self.subject.run(patterns, kept, tokens, pattern)
         shape = list(self.subject.tensors[stream].shape)
         shape[parse_axes(pattern).tokens[0]] = count
@@ -189,6 +243,13 @@ class _Trial:
             return True
         self.complaint = f"on {count} of {tokens} tokens its output has shape {tuple(results[output].shape)}"
         return False
+
+    def _half(self, stream: int, moving: Tensor) -> Tensor:
+        """Return a choice of tokens, ``b k``: the later half of those that may bypass, and all that stay."""
+        staying = ~moving.to(self.subject.tensors[stream].device)
+        count = kept_count(0.5, moving.shape[1], int(staying.sum(1).max()))
+        later = torch.arange(moving.shape[1], device=staying.device, dtype=torch.float32).expand(staying.shape)
+        return keep_tokens(rank_tokens(later, staying), count, in_order=True)
 
     def _assignments(self, stream: int, pattern: str, tokens: int, hint: dict[str, str] | None, search: bool) -> Iterator[dict[str, str]]:
         """Yield argument sets to try, the smallest first; similar tensors of one container move together, then apart."""
@@ -219,7 +280,8 @@ class _Trial:
 
     def _prefixes(self, tokens: int) -> set[int]:
         """Return the lengths a prefix or suffix may have: the sizes seen anywhere in the arguments."""
-        return {size for t in self.subject.tensors for size in t.shape}
+        sizes = {size for t in self.subject.tensors for size in t.shape}
+        return sizes | {a + b for a in sizes for b in sizes}
 
     def _complete(self, moved: dict[str, str], samples: int | None, batch: int | None) -> dict[str, str]:
         """Mark the batched arguments too where the block has to be run sample by sample."""

@@ -7,14 +7,14 @@ was really called with, shaken too, so that a mask of ones or a table of zeros h
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffcr_surgery._tree import fill, flatten
+from diffcr_surgery._tree import fill, flatten, map_leaves
 from diffcr_surgery.axes import parse_axes
 from diffcr_surgery.tokens import gather_tokens, per_sample
 from diffcr_surgery.trace.perturb import generator
@@ -66,15 +66,15 @@ class Subject:
                 return cls(twin, trial, template, paths, baseline, outputs)
         raise RuntimeError(f"it cannot be run on its own: {failure or 'its output is not finite'}")
 
-    def error(self, patterns: dict[str, str], stream: int, output: int, moving: Tensor, pattern_out: str) -> float:
+    def error(self, patterns: dict[str, str], stream: int, outputs: Sequence[int], moving: Tensor, pattern_out: str) -> float:
         """Return the largest relative error of equivariance under a random permutation of the moving tokens, another for each sample.
 
         Args:
             patterns: Path -> axis pattern of the arguments that move with the tokens (and ``"b"`` for batched ones).
             stream: Index of the stream among the tensors.
-            output: Index of the output that has to be permuted; all others have to stay.
+            outputs: Indices of the outputs that have to be permuted; all others have to stay.
             moving: Which tokens are permuted, ``b n``; the others stay in their places.
-            pattern_out: Axis pattern of that output.
+            pattern_out: Axis pattern of those outputs.
         """
         source = generator(0)
         tokens = moving.shape[1]
@@ -84,7 +84,7 @@ class Subject:
             row[places] = places[torch.randperm(len(places), generator=source)]
         order = order.to(self.tensors[stream].device)
         moved = self.run(patterns, order, tokens, pattern_out)
-        wanted = [gather_tokens(t, order, pattern_out, tokens) if i == output else t for i, t in enumerate(self.baseline)]
+        wanted = [gather_tokens(t, order, pattern_out, tokens) if i in outputs else t for i, t in enumerate(self.baseline)]
         if [t.shape for t in moved] != [t.shape for t in wanted]:
             return float("inf")
         return max(_gap(a, b) for a, b in zip(moved, wanted, strict=True))
@@ -99,16 +99,25 @@ class Subject:
         return _gap(changed.narrow(axis, 1, others), self.baseline[output].narrow(axis, 1, others)) > tolerance(changed.dtype)
 
     @torch.no_grad()
-    def run(self, patterns: dict[str, str], kept: Tensor, tokens: int, stream: str) -> list[Tensor]:
-        """Call the block on the chosen tokens, with everything that moves gathered alike; ``stream`` is the stream's axis pattern."""
+    def run(self, patterns: dict[str, str], kept: Tensor, tokens: int, stream: str, counts: dict[str, int] | None = None) -> list[Tensor]:
+        """Call the block on the chosen tokens, with everything that moves gathered alike.
+
+        Args:
+            patterns: Path -> axis pattern of what moves.
+            kept: Indices ``b k``.
+            tokens: n.
+            stream: Axis pattern of the stream.
+            counts: Path -> another value for a number among the arguments.
+        """
+        template = map_leaves(self.template, lambda path, leaf: (counts or {}).get(path, leaf))
         if needs_samples(patterns, kept.shape[0]):
-            args, kwargs = fill(self.template, self.tensors)
+            args, kwargs = fill(template, self.tensors)
             return flatten(per_sample(self.block, args, kwargs, patterns, kept, tokens, parse_axes(stream).batch or 0))[1]
         gathered = [
             gather_tokens(t, kept, patterns[path], tokens) if parse_axes(patterns.get(path, "-")).tokens else t
             for path, t in zip(self.paths, self.tensors, strict=True)
         ]
-        return _call(self.block, self.template, gathered)[1]
+        return _call(self.block, template, gathered)[1]
 
 
 def needs_samples(patterns: dict[str, str], samples: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +49,7 @@ class RoutedCall:
         tokens: Length of the stream's token axis.
         staying: Tokens on it that never bypass.
         outside: Whether the residual is added after the block, so that a bypassed token takes zero from it.
+        counts: Path of each number that counts tokens -> ``"n"`` (those that may bypass) or ``"m+n"`` (all).
         samples: b.
         random: Whether the block draws random numbers.
         gate: Gate form.
@@ -66,6 +67,7 @@ class RoutedCall:
     gate: str
     staying: Spans = ()
     outside: bool = False
+    counts: dict[str, str] = field(default_factory=dict)
 
 
 def _item(graph: fx.Graph, block: fx.Node, item: int | str) -> fx.Node:
@@ -171,7 +173,7 @@ class _Site:
             return self._whole(second)
         kept = _named(graph, f"kept_{call.index}", keep_tokens, (self.order(), count, *((True,) if call.staying else ())))
         tokens = _named(graph, f"tokens_{call.index}", gather_tokens, (self.stream, kept, call.pattern, call.tokens))
-        results = self._run_kept(kept, tokens, second)
+        results = self._run_kept(kept, tokens, second, count)
         processed = self.gated(tokens, results[call.output], kept)
         skip = graph.call_function(torch.zeros_like, (self.stream,)) if call.outside else self.stream
         results[call.output] = _named(graph, f"stream_{call.index}", scatter_tokens, (skip, processed, kept, call.pattern))
@@ -185,11 +187,13 @@ class _Site:
             results[call.output] = self.gated(self.stream, results[call.output], None)
         return results
 
-    def _run_kept(self, kept: fx.Node, tokens: fx.Node, second: bool) -> dict[int | str | None, fx.Node]:
+    def _run_kept(self, kept: fx.Node, tokens: fx.Node, second: bool, count: int) -> dict[int | str | None, fx.Node]:
         call, graph = self.call, self.graph
+        sizes = {"n": count - staying_count(call.staying), "m+n": count}
+        arguments = map_leaves(self.arguments, lambda path, leaf: sizes[call.counts[path]] if path in call.counts else leaf)
         if needs_samples(call.axes, call.samples):
             block = graph.get_attr(call.path)
-            inner: tuple[Any, ...] = (block, *self.arguments, call.axes, kept, call.tokens, parse_axes(call.pattern).batch or 0)
+            inner: tuple[Any, ...] = (block, *arguments, call.axes, kept, call.tokens, parse_axes(call.pattern).batch or 0)
             target: Any = per_sample
             if second and call.random:
                 inner, target = (per_sample, inner, {}), ops.without_random_trace
@@ -203,7 +207,7 @@ class _Site:
                 return leaf
             return graph.call_function(gather_tokens, (leaf, kept, pattern, call.tokens))
 
-        args, kwargs = map_leaves(self.arguments, gather)
+        args, kwargs = map_leaves(arguments, gather)
         return self._call(args, kwargs, second)
 
     def _call(self, args: Any, kwargs: Any, second: bool) -> dict[int | str | None, fx.Node]:

@@ -299,6 +299,7 @@ def _fold(builder: _Builder, inputs: list[tuple[str, torch.Tensor]], output: Any
     for name, tensor in inputs:
         node = builder.last_placeholder = builder.graph.placeholder(re.sub(r"\W", "_", name))
         node.meta["shape"], node.meta["dtype"] = tuple(tensor.shape), tensor.dtype
+        node.meta["path"] = name
         if builder.flow and not (tensor.is_floating_point() or tensor.is_complex()):
             node.meta["content"] = tensor
         value = builder.recorder.number(tensor) if id(tensor) not in seen else None

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from diffcr_surgery.align import align_block
+from diffcr_surgery.detect import named_leaves
 from diffcr_surgery.trace.recording import BlockSample
 
 WIDTH = 8
@@ -93,7 +94,10 @@ def rand(*shape):
 
 
 def align(block, *args, streams=("x",), **options):
-    return align_block(BlockSample(block, args, {}), streams, **options)
+    sample = BlockSample(block, args, {})
+    leaves = named_leaves(block, args, {}, torch.Tensor)
+    marks = {name: torch.ones(leaves[name][1].shape[:-1], dtype=torch.bool) for name in streams if name in leaves}
+    return align_block(sample, marks, **options)
 
 
 # The batch, the text, the tokens and the channels may all have the same length.

@@ -28,6 +28,8 @@ class Entry:
         rows: Latent sizes one model takes.
         timestep: Name of the timestep argument, `None` where forward takes an embedding or nothing.
         timestep_range: Its lowest and highest value.
+        grad: Whether it runs with gradients on a CPU.
+        warns: Beginnings of the warnings the class gives by itself.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Entry:
     rows: tuple[int, ...] = (4, 6)
     timestep: str | None = "timestep"
     timestep_range: tuple[float, float] = (0.0, 1000.0)
+    grad: bool = True
+    warns: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return self.name

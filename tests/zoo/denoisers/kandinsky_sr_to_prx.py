@@ -34,9 +34,11 @@ def grid(*sizes: int) -> Tensor:
         nabla_window=(1, 1, 1),
         tile_sizes=((64, 64),),
     ),
+    grad=False,  # flex attention has no backward on a CPU
+    warns=("flex_attention called without torch.compile",),
 )
 def kandinsky6_sr(batch: int, rows: int) -> dict[str, Any]:
-    # Tokens lie in tiles of 8x8, so there are many of them; attention is flex attention, which runs without gradients only on a CPU.
+    # Tokens lie in tiles of 8x8, so there are many of them.
     shape = (batch, rows // 2, 8, 16)
     latents = torch.randn(*shape, 3)
     return {
@@ -294,6 +296,7 @@ def minimax_music3(batch: int, rows: int) -> dict[str, Any]:
         time_embed_dim=32,
         max_sequence_length=7,
     ),
+    warns=("In CPU autocast, but the target dtype is not supported",),  # diffusers asks for float32 there
 )
 def mochi(batch: int, rows: int) -> dict[str, Any]:
     return {

@@ -50,6 +50,45 @@ def allegro(batch: int, rows: int) -> dict[str, Any]:
 
 
 @entry(
+    "AnyFlowFARTransformer3DModel",
+    dict(
+        full_chunk_limit=2,
+        num_attention_heads=4,
+        attention_head_dim=12,
+        in_channels=5,
+        out_channels=5,
+        text_dim=20,
+        freq_dim=16,
+        ffn_dim=72,
+        num_layers=2,
+        rope_max_seq_len=32,
+        chunk_partition=(1, 2, 2),
+    ),
+    batches=(1,),  # rotary tables shared by the batch, and a cache whose batch is its second axis: samples cannot run one by one
+    grad=False,  # flex attention has no backward on a CPU
+)
+def anyflow_far(batch: int, rows: int) -> dict[str, Any]:
+    """The pipeline's step for the third chunk: the first sits compressed in the cache, the second in full."""
+    full, compressed = rows * 4, rows // 2 * 2
+    timestep = 1000 * torch.rand(batch, 1)
+    return {
+        "hidden_states": torch.randn(batch, 2, 5, 2 * rows, 8),
+        "timestep": timestep.repeat(1, 2),
+        "r_timestep": (timestep * torch.rand(batch, 1)).repeat(1, 2),
+        "encoder_hidden_states": torch.randn(batch, 7, 20),
+        "chunk_partition": [1, 2, 2],
+        "kv_cache": [
+            {
+                "full_cache": torch.randn(2, batch, 4, 2 * 2 * full, 12),
+                "compressed_cache": torch.randn(2, batch, 4, 2 * 2 * compressed, 12),
+            }
+            for _ in range(2)
+        ],
+        "kv_cache_flag": {"num_cached_chunks": 2, "is_cache_step": False},
+    }
+
+
+@entry(
     "AnyFlowTransformer3DModel",
     dict(
         num_attention_heads=4,

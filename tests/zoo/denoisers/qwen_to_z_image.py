@@ -26,6 +26,7 @@ def padding(batch: int, length: int) -> Tensor:
         context_in_dim=18,
         axes_dims_rope=(4, 2, 2),
     ),
+    batches=(1,),  # see test_zoo.py on larger ones
     timestep_range=(0.0, 1.0),
 )
 def qwen_image_21(batch: int, rows: int) -> dict[str, Any]:
@@ -279,6 +280,17 @@ def stable_audio_3(batch: int, rows: int) -> dict[str, Any]:
         "global_hidden_states": torch.randn(batch, 14),
         "encoder_attention_mask": padding(batch, 7),
     }
+
+
+@entry(
+    "TransformerTemporalModel",
+    dict(num_attention_heads=3, attention_head_dim=8, in_channels=6, num_layers=2, norm_num_groups=2, cross_attention_dim=None),
+    module="diffusers.models.transformers.transformer_temporal",
+)
+def temporal(batch: int, rows: int) -> dict[str, Any]:
+    # A stage of a video U-Net: frames are its tokens, and every place of the image is a sample.
+    frames = rows + 6
+    return {"hidden_states": torch.randn(batch * frames, 6, 2, 2), "timestep": torch.randint(0, 1000, (batch,)), "num_frames": frames}
 
 
 @entry(

@@ -28,7 +28,7 @@ class Entry:
         rows: Latent sizes one model takes.
         timestep: Name of the timestep argument, `None` where forward takes an embedding or nothing.
         timestep_range: Its lowest and highest value.
-        grad: Whether it runs with gradients on a CPU.
+        flex: Whether it knows flex attention alone, which on a CPU has no gradients, and whose FLOPs are not counted.
         warns: Beginnings of the warnings the class gives by itself.
     """
 
@@ -40,7 +40,7 @@ class Entry:
     rows: tuple[int, ...] = (4, 6)
     timestep: str | None = "timestep"
     timestep_range: tuple[float, float] = (0.0, 1000.0)
-    grad: bool = True
+    flex: bool = False
     warns: tuple[str, ...] = ()
 
     def __repr__(self) -> str:

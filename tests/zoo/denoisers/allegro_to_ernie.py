@@ -65,7 +65,8 @@ def allegro(batch: int, rows: int) -> dict[str, Any]:
         chunk_partition=(1, 2, 2),
     ),
     batches=(1,),  # rotary tables shared by the batch, and a cache whose batch is its second axis: samples cannot run one by one
-    grad=False,  # flex attention has no backward on a CPU
+    flex=True,
+    warns=("flex_attention called without torch.compile",),
 )
 def anyflow_far(batch: int, rows: int) -> dict[str, Any]:
     """The pipeline's step for the third chunk: the first sits compressed in the cache, the second in full."""

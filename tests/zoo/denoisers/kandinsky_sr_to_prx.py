@@ -34,7 +34,7 @@ def grid(*sizes: int) -> Tensor:
         nabla_window=(1, 1, 1),
         tile_sizes=((64, 64),),
     ),
-    grad=False,  # flex attention has no backward on a CPU
+    flex=True,
     warns=("flex_attention called without torch.compile",),
 )
 def kandinsky6_sr(batch: int, rows: int) -> dict[str, Any]:

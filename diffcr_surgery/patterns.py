@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import os
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -113,10 +115,34 @@ def _load_plugins() -> None:
 
 
 def pattern_of(block: torch.nn.Module) -> BlockPattern | None:
-    """Return the pattern of the most specific class of ``block`` that has one."""
+    """Return the pattern of the most specific class of ``block`` that has one.
+
+    Raises:
+        PatternError: If two patterns are equally specific, or one class has two under different names.
+    """
     _load_plugins()
-    for cls in type(block).__mro__:
-        pattern = _REGISTRY.get(f"{cls.__module__}:{cls.__qualname__}")
-        if pattern is not None:
-            return pattern
-    return None
+    known = list(_REGISTRY.values())
+    matches = [(cls, pattern) for cls in type(block).__mro__ for pattern in known if _names(pattern.target, cls)]
+    if not matches:
+        return None
+    best, pattern = matches[0]
+    rivals = [other for cls, other in matches[1:] if cls is best or not issubclass(best, cls)]
+    if rivals:
+        raise PatternError(
+            f"{type(block).__qualname__} is matched by the patterns {pattern.name!r} ({pattern.target}) and {rivals[0].name!r} "
+            f"({rivals[0].target}), neither of which is more specific. Register one for {type(block).__qualname__} itself."
+        )
+    return pattern
+
+
+def _names(target: str, cls: type) -> bool:
+    """Tell whether a target is ``cls``, by its own name or by one it is exported under; a module not yet imported stays so."""
+    if target == f"{cls.__module__}:{cls.__qualname__}":
+        return True
+    module, _, name = target.partition(":")
+    if name.rpartition(".")[2] != cls.__name__ or module not in sys.modules:
+        return False
+    try:
+        return operator.attrgetter(name)(sys.modules[module]) is cls
+    except (AttributeError, ImportError):
+        return False

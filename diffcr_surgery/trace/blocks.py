@@ -3,7 +3,7 @@
 Judged by what ran, not by names: a call that takes a token stream and returns one of the same shape, that mixes tokens, and that holds an
 MLP; and no call inside it does the same. The innermost such call is the block: a container of blocks never is. A call that adds to the
 stream it was given is the block all the same when what looks like one inside it is but a part: attention with the MLP beside it in one
-module, or attention with a gate and a mixture of experts.
+module, or attention with a gate and a mixture of experts. A class that has a declared pattern is a block whatever it does.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from diffcr_surgery._tree import flatten, freeze, map_leaves
+from diffcr_surgery.patterns import pattern_of
 from diffcr_surgery.trace.recorder import Frame, FunctionEvent, Meta, Recorder, Ref, function_name
 
 __all__ = ["block_candidates", "block_kind", "refs_of", "stream_pairs"]
@@ -86,6 +87,8 @@ def block_candidates(recorder: Recorder, root: Frame) -> set[int]:
     blocks: set[int] = set()
 
     def visit(frame: Frame) -> list[Frame]:
+        if frame is not root and pattern_of(frame.module) is not None:
+            return [frame]
         inner = [found for event in frame.events if isinstance(event, Frame) for found in visit(event)]
         if frame is root or not _qualifies(recorder, frame):
             return inner

@@ -155,6 +155,60 @@ def test_a_pattern_imports_nothing() -> None:
     assert pattern_of(Block()) is None and "no_such_library" not in sys.modules
 
 
+class Other(nn.Module):
+    pass
+
+
+class Both(Block, Other):
+    pass
+
+
+class Third(Both):
+    pass
+
+
+def test_two_patterns_equally_specific_are_a_tie() -> None:
+    for cls in (Block, Other):
+        register_pattern(BlockPattern(cls.__name__, target(cls), RIGHT))
+    with pytest.raises(PatternError, match=r"Both is matched by the patterns 'Block' \(.*:Block\) and 'Other' \(.*:Other\), neither"):
+        pattern_of(Both())
+    settled = register_pattern(BlockPattern("both", target(Both), RIGHT))
+    assert pattern_of(Both()) is settled and pattern_of(Third()) is settled
+
+
+def test_a_class_is_known_by_the_names_it_is_exported_under() -> None:
+    from diffusers.models import transformers
+    from diffusers.models.attention import BasicTransformerBlock
+
+    block = BasicTransformerBlock(8, 2, 4)
+    exported = register_pattern(
+        BlockPattern("exported", f"{transformers.__name__}.pixart_transformer_2d:BasicTransformerBlock", {"x": "b n c"})
+    )
+    assert pattern_of(block) is exported
+    register_pattern(BlockPattern("defined", target(BasicTransformerBlock), {"x": "b n c"}))
+    with pytest.raises(PatternError, match=r"'exported' .* and 'defined'|'defined' .* and 'exported'"):
+        pattern_of(block)
+
+
+class Convolved(nn.Module):
+    """No attention: the analysis sees no block here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool, self.mlp = nn.Linear(WIDTH, WIDTH), nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor, table: Tensor, text: Tensor) -> Tensor:
+        x = x + self.pool((x * table).mean(1, keepdim=True))
+        return x + self.mlp(x)
+
+
+def test_a_declared_class_is_a_block_whatever_it_does() -> None:
+    with pytest.raises(dcs.SurgeryError, match="No block was found"):
+        dcs.plan(Denoiser(Convolved), INPUTS)
+    register_pattern(BlockPattern("pooled", target(Convolved), RIGHT))
+    assert len(dcs.plan(Denoiser(Convolved), INPUTS).routed_sites) == 2
+
+
 # --- the proof -------------------------------------------------------------------------------------------------------
 def test_a_declared_pattern_takes_the_place_of_the_search() -> None:
     register_pattern(BlockPattern("right", target(Block), RIGHT))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from diffcr_surgery._tree import flatten
 
-ZOO: dict[str, Entry] = {}
+ZOO: dict[str, Entry] = {}  # the classes of diffusers
+OTHERS: dict[str, Entry] = {}  # models written by hand, the way other people write them
 
 
 @dataclass(frozen=True, repr=False)
@@ -64,13 +65,15 @@ class Entry:
             return self.example(batch or self.batches[0], rows or self.rows[0])
 
 
-def entry(name: str, config: dict[str, Any], **options: Any) -> Callable[[Callable[[int, int], dict[str, Any]]], Entry]:
+def entry(
+    name: str, config: dict[str, Any], *, into: dict[str, Entry] = ZOO, **options: Any
+) -> Callable[[Callable[[int, int], dict[str, Any]]], Entry]:
     """Put a class into the zoo; decorates the function that makes its inputs."""
 
     def add(example: Callable[[int, int], dict[str, Any]]) -> Entry:
-        assert name not in ZOO, f"{name} is in the zoo already"
-        ZOO[name] = Entry(name, config, example, **options)
-        return ZOO[name]
+        assert name not in into, f"{name} is in the zoo already"
+        into[name] = Entry(name, config, example, **options)
+        return into[name]
 
     return add
 

@@ -34,6 +34,9 @@ _INLINE = (
 )
 
 
+_SIZED_BY_CONTENT = ("nonzero", "argwhere", "unique", "masked_select", "bincount")
+
+
 class StaleRecordingError(Exception):
     """A value that the recording was specialised on came out differently; the caller records again."""
 
@@ -168,6 +171,8 @@ class _Builder:
                 node = self.graph.call_module(event.path, self.operand(event.args), self.operand(event.kwargs))
                 self.frames[node] = event
                 self.assign(node, event.output)
+                if any(isinstance(inner, FunctionEvent) and self._sized_by_content(inner) for inner in event.walk()):
+                    self._expect_shapes(event.output)
             else:
                 self.emit(event)
                 if self.flow:
@@ -213,6 +218,32 @@ class _Builder:
             self.graph.call_function(expect, (node, recorded))
         else:
             self.assign(node, event.output)
+            if self._sized_by_content(event):
+                self._expect_shapes(event.output)
+
+    def _sized_by_content(self, event: FunctionEvent) -> bool:
+        """Tell whether the shape a call returns depends on what a tensor holds, as that of ``nonzero`` or ``x[mask]`` does.
+
+        Wherever a tensor of whole numbers or booleans takes part other than entry by entry, it might.
+        """
+        recorder = self.recorder
+        operands = [value for value in refs_of((event.args, event.kwargs)).values() if value in recorder.dynamic]
+        if event.effect != Effect.MAKES or not operands:
+            return False
+        if function_name(event.function).startswith(_SIZED_BY_CONTENT):
+            return True
+        if function_name(event.function) == "__getitem__" and any(recorder.meta[v].dtype in (torch.bool, torch.uint8) for v in operands):
+            return True
+        discrete = [value for value in operands if not recorder.meta[value].dtype.is_floating_point]
+        shapes = [recorder.meta[value].shape for value in operands]
+        return bool(discrete) and any(recorder.meta[value].shape not in shapes for value in refs_of(event.output).values())
+
+    def _expect_shapes(self, output: Any) -> None:
+        if self.flow:
+            return
+        for value in refs_of(output).values():
+            shape = self.graph.call_function(getattr, (self.node_of(value), "shape"))
+            self.graph.call_function(expect, (shape, self.recorder.meta[value].shape))
 
     def _call(self, function: Any, args: Any, kwargs: Any) -> fx.Node:
         name = function_name(function)

@@ -49,6 +49,22 @@ class BlockCall:
 
 
 @dataclass(frozen=True)
+class Held:
+    """A constant of a graph that a module holds, in an attribute or in a dict or list that is one."""
+
+    owner: Any
+    key: Any
+    tensor: torch.Tensor
+
+    def unchanged(self) -> bool:
+        """Tell whether the module still holds that tensor."""
+        try:
+            return self.owner[self.key] is self.tensor
+        except LookupError:
+            return False
+
+
+@dataclass(frozen=True)
 class Flow:
     """A run as a graph of functions and blocks, to follow data through; never run.
 
@@ -74,6 +90,7 @@ class Recording:
         state: The model state the recording depends on, and its value at the time.
         derived: What a later stage made of this recording.
         flow: The same run with all modules but blocks spread out; dropped once the proof is done.
+        held: Constants that a module keeps in an attribute, a cache of its own, and may exchange.
         pinned: Input number -> the content it must have, where that says which tokens stem from the latent.
     """
 
@@ -87,6 +104,7 @@ class Recording:
     derived: Any = None
     flow: Flow | None = None
     pinned: dict[int, torch.Tensor] = field(default_factory=dict)
+    held: list[Held] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._run = compile_graph(self.graph)
@@ -95,7 +113,7 @@ class Recording:
     def fits(self, call: Call) -> bool:
         """Tell whether the model is in the recorded state, and inputs that were pinned are what they were."""
         pinned = all(torch.equal(call.tensors[index], content) for index, content in self.pinned.items())
-        return pinned and self.state.key() == self.state_key
+        return pinned and all(held.unchanged() for held in self.held) and self.state.key() == self.state_key
 
     def run(self, model: torch.nn.Module, tensors: list[torch.Tensor]) -> Any:
         """Execute the graph on input tensors, with ``model`` as ``self``."""
@@ -241,9 +259,20 @@ def record(model: torch.nn.Module, call: Call, forward: Callable[..., Any]) -> R
         state = ModelState(inlined, leaves.values())
         flow = _flow(recorder, root, call, blocks, built)
         recording = Recording(built.graph, built.constants, built.output, calls, state, state.key(), flow=flow)
+        recording.held = _held(model, built.constants)
         del recorder, root
         _verify(recording, model, call, forward, rewind)
     return recording
+
+
+def _held(model: torch.nn.Module, constants: list[Any]) -> list[Held]:
+    wanted = {id(constant): constant for constant in constants if isinstance(constant, torch.Tensor)}
+    if not wanted:
+        return []
+    owners: list[Any] = [vars(module) for module in model.modules()]
+    owners += [value for owner in list(owners) for value in owner.values() if type(value) in (dict, list)]
+    items = ((owner, pair) for owner in owners for pair in (owner.items() if isinstance(owner, dict) else enumerate(owner)))
+    return [Held(owner, key, value) for owner, (key, value) in items if id(value) in wanted]
 
 
 def _flow(recorder: Recorder, root: Frame, call: Call, blocks: set[int], built: BuiltGraph) -> Flow:

@@ -1,0 +1,290 @@
+"""Detection along the dataflow: what stems from the latent may bypass; text, registers, class tokens and conditions never do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import diffcr_surgery as dcs
+from diffcr_surgery.errors import NoRoutableBlockError
+from diffcr_surgery.tokens import kept_count, staying_count
+
+WIDTH, TOKENS, TEXT = 8, 10, 4
+
+
+class Block(nn.Module):
+    def __init__(self, residual: bool = True) -> None:
+        super().__init__()
+        self.qkv, self.residual = nn.Linear(WIDTH, 3 * WIDTH), residual
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        y = functional.scaled_dot_product_attention(q, k, v)
+        return x + y + self.mlp(x + y) if self.residual else y + self.mlp(y)
+
+
+class Join(nn.Module):
+    """An embedding that has the text in it already when it returns: a single node of the graph."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        return torch.cat([text, x], 1)
+
+
+Forward = Callable[["Denoiser", Tensor, Any, Any], Any]
+
+
+class Denoiser(nn.Module):
+    """A model whose root forward is given by the test; it notes what entered its blocks."""
+
+    def __init__(self, forward: Forward, block: Callable[[], nn.Module] = Block) -> None:
+        super().__init__()
+        self.blocks, self.norm = nn.ModuleList([block(), block()]), nn.LayerNorm(WIDTH)
+        self.registers, self.how = nn.Parameter(torch.randn(1, 3, WIDTH)), forward
+        self.embed, self.join = nn.Linear(WIDTH, WIDTH), Join()
+
+    def forward(self, x: Any, text: Any = None, extra: Any = None) -> Any:
+        return self.how(self, x, text, extra)
+
+    def through(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def planned(forward: Forward, *inputs: Any, block: Callable[[], nn.Module] = Block) -> list[tuple[int, int]]:
+    """(tokens that may bypass, tokens that stay) of every routed site."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Denoiser(forward, block)
+    return [(site.tokens, site.staying) for site in dcs.plan(model, inputs).routed_sites]
+
+
+X, WORDS = draw(2, TOKENS, WIDTH), draw(2, TEXT, WIDTH, seed=1)
+
+
+def text_first(self: Denoiser, x: Tensor, text: Tensor, _: Any) -> Tensor:
+    return self.through(torch.cat([self.embed(text), self.embed(x)], 1))[:, text.shape[1] :]
+
+
+def text_last(self: Denoiser, x: Tensor, text: Tensor, _: Any) -> Tensor:
+    return self.through(torch.cat([self.embed(x), self.embed(text)], 1))[:, : x.shape[1]]
+
+
+def registers_around(self: Denoiser, x: Tensor, text: Tensor, _: Any) -> Tensor:
+    registers = self.registers.expand(len(x), -1, -1)
+    y = torch.cat([registers[:, :1], x, registers[:, 1:]], 1)
+    return self.through(self.norm(y))[:, 1:-2]
+
+
+def written_into_zeros(self: Denoiser, x: Tensor, text: Tensor, _: Any) -> Tensor:
+    y = torch.zeros(len(x), x.shape[1] + text.shape[1], WIDTH)
+    y[:, : text.shape[1]] = text
+    y[:, text.shape[1] :] = self.embed(x)
+    return self.through(y)[:, text.shape[1] :]
+
+
+def padded(self: Denoiser, x: Tensor, text: Tensor, _: Any) -> Tensor:
+    y = functional.pad(x.transpose(1, 2), (0, text.shape[1])).transpose(1, 2)
+    return self.through(y)[:, : x.shape[1]]
+
+
+def parted_and_joined_again(self: Denoiser, x: Tensor, text: Tensor, _: Any) -> Tensor:
+    """As HiDream does: text of its own for every block, and what comes back of it is text still."""
+    for block in self.blocks:
+        text, x = block(torch.cat([text, x], 1)).split([text.shape[1], x.shape[1]], 1)
+    return x
+
+
+def joined_in_a_module(self: Denoiser, x: Tensor, text: Tensor, _: Any) -> Tensor:
+    return self.through(self.join(x, text))[:, text.shape[1] :]
+
+
+WAYS: dict[Forward, int] = {
+    text_first: TEXT,
+    text_last: TEXT,
+    registers_around: 3,
+    written_into_zeros: TEXT,
+    padded: TEXT,
+    parted_and_joined_again: TEXT,
+    joined_in_a_module: TEXT,
+}
+
+
+@pytest.mark.parametrize(("forward", "staying"), WAYS.items(), ids=lambda value: getattr(value, "__name__", value))
+def test_what_does_not_stem_from_the_latent_stays(forward: Forward, staying: int) -> None:
+    assert planned(forward, X, WORDS) == [(TOKENS, staying)] * 2
+
+
+def test_as_many_words_as_tokens_change_nothing() -> None:
+    assert planned(text_first, X, draw(2, TOKENS, WIDTH, seed=1)) == [(TOKENS, TOKENS)] * 2
+    assert planned(text_last, X, draw(2, TOKENS, WIDTH, seed=1)) == [(TOKENS, TOKENS)] * 2
+
+
+def test_each_sample_may_hold_its_text_elsewhere() -> None:
+    """Lists of samples, joined one by one and padded, as in Lumina 2 and Z-Image."""
+
+    def forward(self: Denoiser, x: list[Tensor], text: list[Tensor], _: Any) -> list[Tensor]:
+        joined = nn.utils.rnn.pad_sequence([torch.cat([t, i]) for t, i in zip(text, x, strict=True)], batch_first=True)
+        return [row[len(t) : len(t) + len(i)] for row, t, i in zip(self.through(joined), text, x, strict=True)]
+
+    images = [draw(TOKENS, WIDTH, seed=i) for i in range(2)]
+    assert planned(forward, images, [draw(2, WIDTH), draw(5, WIDTH)]) == [(TOKENS, 5)] * 2
+
+
+def by_index(self: Denoiser, x: Tensor, text: Tensor, where: Tensor) -> Tensor:
+    y = text.new_zeros(len(x), x.shape[1] + text.shape[1], WIDTH)
+    y[:, where] = x
+    y[:, ~where] = text
+    return self.through(y)[:, where]
+
+
+def image_at(*places: int) -> Tensor:
+    where = torch.zeros(TOKENS + TEXT, dtype=torch.bool)
+    where[list(places)] = True
+    return where
+
+
+def test_content_of_an_index_is_read_and_pinned() -> None:
+    """The mask is an input: with another one, other tokens are text, and a graph that kept the first would drop words."""
+    ahead, behind = image_at(*range(TOKENS)), image_at(*range(TEXT, TOKENS + TEXT))
+    model = Denoiser(by_index)
+    dcs.convert_(model, dcs.plan(model, (X, WORDS, ahead), dcs.DiffCRConfig(initial_ratio=0.5, learn_ratios=False)))
+    entered: list[Tensor] = []
+    model.blocks[1].register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    with torch.no_grad():
+        for where in (ahead, behind, ahead):
+            model(X, WORDS, where)
+            entered.clear()
+            model(X, WORDS, where)
+            (tokens,) = entered
+            assert tokens.shape[1] == kept_count(0.5, TOKENS + TEXT, TEXT)
+    recordings = [r for variants in model.diffcr.recordings._entries.values() for r in variants]
+    assert len(recordings) == 2 and all(len(r.pinned) == 1 for r in recordings)
+
+
+def test_text_refiners_and_context_encoders_stay_dense() -> None:
+    def forward(self: Denoiser, x: Tensor, text: Tensor, _: Any) -> Tensor:
+        text = self.blocks[0](text)
+        return self.blocks[1](torch.cat([text, x], 1))[:, text.shape[1] :]
+
+    plan = dcs.plan(Denoiser(forward), (X, WORDS))
+    refiner, site = plan.sites
+    assert (refiner.path, refiner.routed) == ("blocks.0", False) and "no argument carries the denoising stream" in refiner.reason
+    assert (site.path, site.tokens, site.staying) == ("blocks.1", TOKENS, TEXT)
+
+
+def test_kept_tokens_stay_in_order_and_registers_among_them() -> None:
+    model = Denoiser(registers_around)
+    dcs.convert_(model, dcs.plan(model, (X,), dcs.DiffCRConfig(initial_ratio=0.7, learn_ratios=False)))
+    for router in model.diffcr.routers.values():
+        nn.init.normal_(router.weight, std=3.0)
+    entered: list[Tensor] = []
+    model.blocks[0].register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    with torch.no_grad():
+        model(X)
+        entered.clear()
+        model(X)
+    whole = model.norm(torch.cat([model.registers[:, :1].expand(2, -1, -1), X, model.registers[:, 1:].expand(2, -1, -1)], 1))
+    assert entered[0].shape[1] == kept_count(0.7, TOKENS + 3, 3) == 6
+    for row in range(2):
+        places = [int((whole[row] == token).all(-1).nonzero()) for token in entered[0][row]]
+        assert places == sorted(places) and {0, TOKENS + 1, TOKENS + 2} <= set(places)
+
+
+def test_counts() -> None:
+    spans = (((0, 2), (5, 6)), ((1, 2),))
+    assert staying_count(spans) == 3
+    assert kept_count(0.5, 11, staying_count(spans)) == 7
+    assert kept_count(0.99, 11, 3) == 4
+
+
+# --- residuals outside the block -------------------------------------------------------------------------------------
+def residual_at_the_root(self: Denoiser, x: Tensor, _: Any, gate: Any) -> Tensor:
+    for block in self.blocks:
+        x = x + block(self.norm(x)) * (1.0 if gate is None else gate)
+    return x
+
+
+def test_bypassed_tokens_pass_a_residual_that_is_added_after_the_block() -> None:
+    model = Denoiser(residual_at_the_root, lambda: Block(residual=False))
+    dcs.convert_(model, dcs.plan(model, (X,), dcs.DiffCRConfig(initial_ratio=0.5, learn_ratios=False)))
+    torch.nn.init.normal_(model.diffcr.routers["0"].weight)
+    assert [call.outside for call in model_calls(model)] == [True, True]
+    dcs.ratio_table(model).data[1] = 0.0
+    entered: list[Tensor] = []
+    model.blocks[1].register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    with torch.no_grad():
+        model(X)
+        entered.clear()
+        model(X)
+    same = torch.isclose(entered[0], model.norm(X)).all(-1).sum(1)
+    assert same.tolist() == [TOKENS // 2, TOKENS // 2]  # as they came: not doubled, not zero
+
+
+def model_calls(model: nn.Module) -> list[Any]:
+    with torch.no_grad():
+        model(X)
+    (recording,) = (r for variants in model.diffcr.recordings._entries.values() for r in variants)
+    return list(recording.derived.calls.values())
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_skip_beside_a_block_with_a_residual_of_its_own_is_no_residual(inside: bool) -> None:
+    model = Denoiser(residual_at_the_root, lambda: Block(residual=inside))
+    dcs.convert_(model, (X,), dcs.DiffCRConfig())
+    assert [call.outside for call in model_calls(model)] == [not inside] * 2
+
+
+# --- numbers that count tokens, and blocks with several outputs ------------------------------------------------------
+class Counting(Block):
+    """Reads the text with its last `count` tokens alone, as Helios does with its history in front."""
+
+    def forward(self, x: Tensor, count: int, heads: int) -> Tensor:  # type: ignore[override]
+        before, now = x[:, :-count], x[:, -count:]
+        x = torch.cat([before, now * 1.5], 1)
+        return super().forward(x.unflatten(-1, (heads, -1)).flatten(-2))
+
+
+def test_a_number_that_counts_tokens_follows_them() -> None:
+    def forward(self: Denoiser, x: Tensor, text: Tensor, _: Any) -> Tensor:
+        y = torch.cat([text, x], 1)
+        for block in self.blocks:
+            y = block(y, x.shape[1], 2)
+        return y[:, text.shape[1] :]
+
+    model = Denoiser(forward, Counting)
+    plan = dcs.plan(model, (X, WORDS), dcs.DiffCRConfig(initial_ratio=0.5, learn_ratios=False))
+    assert [site.aligned["count"] for site in plan.routed_sites] == ["#n", "#n"]
+    assert all("heads" not in site.aligned for site in plan.routed_sites)
+    dcs.convert_(model, plan)
+    given: list[int] = []
+    model.blocks[0].register_forward_pre_hook(lambda _, args: given.append(args[1]))
+    with torch.no_grad():
+        model(X, WORDS)
+        model(X, WORDS)
+    assert given[-1] == TOKENS // 2
+
+
+class TwoStreams(Block):
+    def forward(self, x: Tensor) -> Any:
+        x = super().forward(x)
+        return x, 2 * x
+
+
+def test_a_block_whose_outputs_all_move_says_so() -> None:
+    def forward(self: Denoiser, x: Tensor, _: Any, __: Any) -> Tensor:
+        x, hint = self.blocks[0](x)
+        return x + hint
+
+    with pytest.raises(NoRoutableBlockError, match=r"its tokens are a set, but its outputs \['0', '1'\] all move with them"):
+        planned(forward, X, block=TwoStreams)

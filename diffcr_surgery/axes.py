@@ -7,6 +7,7 @@ One word an axis, in the manner of einops:
 ``n``   the routed tokens: gathered wherever it is named, twice in ``n n``
 ``m+n`` a prefix that always stays (text), then the routed tokens
 ``n+m`` the routed tokens, then a suffix that always stays
+``n-m`` the tokens that may bypass alone: a table without entries for the prefix of the stream that stays
 ``1``   an axis of size 1; as the first axis it is stretched over the batch
 other   any name (``c``, ``d``, ``h``): an axis that routing leaves alone
 ``-``   alone: the argument is opaque, routing passes it on as it is
@@ -25,7 +26,7 @@ from diffcr_surgery.errors import PatternError
 
 __all__ = ["Axes", "parse_axes"]
 
-TOKEN_WORDS = ("n", "m+n", "n+m")
+TOKEN_WORDS = ("n", "m+n", "n+m", "n-m")
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*|1")
 
 
@@ -77,7 +78,7 @@ def _parse(pattern: str) -> Axes:
         return Axes(())
     for word in words:
         if word not in TOKEN_WORDS and not _WORD.fullmatch(word):
-            raise PatternError(f"Axis pattern {pattern!r}: {word!r} is no axis word; expected a name, 1, 'n', 'm+n' or 'n+m'.")
+            raise PatternError(f"Axis pattern {pattern!r}: {word!r} is no axis word; expected a name, 1, 'n', 'm+n', 'n+m' or 'n-m'.")
         if words.count(word) > 1 and word not in (*TOKEN_WORDS, "1"):
             raise PatternError(f"Axis pattern {pattern!r}: {word!r} stands twice; only the token axis and 1 may repeat.")
     if len({word for word in words if word in TOKEN_WORDS}) > 1:

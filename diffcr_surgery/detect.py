@@ -186,24 +186,48 @@ class Lineage:
         return made
 
 
-def residual_after(output: fx.Node, stream: fx.Node, blocks: Container[fx.Node]) -> bool:
-    """Tell whether a block's output is added to the stream it came from, as in ``x + gate * block(norm(x))``.
+def residual_after(output: fx.Node, stream: fx.Node, blocks: Container[fx.Node]) -> bool | None:
+    """Tell whether a block's output is added to the stream it came from, as in ``x + gate * block(norm(x))`` or ``x + a(y) + b(y)``.
 
     Args:
         output: Node of the block's output that continues the stream, in the flow of the recording.
         stream: Node of the stream that entered.
         blocks: The block calls.
+
+    Returns:
+        ``None`` if the two meet in a way that an update of zero would not leave the stream as it was.
     """
     sources = _same_shape_ancestors(stream, blocks)
     here = output
     while len(here.users) == 1:
         (user,) = here.users
-        if _name(user) in ("add", "iadd"):
-            return any(other in sources for other in user.all_input_nodes if other is not here)
+        if _name(user) in ("add", "iadd") and any(_holds(other, sources) for other in user.all_input_nodes if other is not here):
+            return True
+        if _name(user) == "addcmul" and user.args[0] is not here and _holds(user.all_input_nodes[0], sources):
+            return True
         if not (_name(user) == "mul" or (_name(user) in _KEEPS_ZERO and user.args[0] is here)):
-            return False
+            break
         here = user
+    return None if _meets(output, sources, blocks) else False
+
+
+def _meets(output: fx.Node, sources: set[fx.Node], blocks: Container[fx.Node]) -> bool:
+    """Tell whether what a block made comes together with the stream it came from before the next block."""
+    shape, seen, waiting = output.meta["shape"], {output}, list(output.users)
+    while waiting:
+        node = waiting.pop()
+        if node in seen or node in blocks or node.meta.get("shape") != shape:
+            continue
+        seen.add(node)
+        if any(_holds(other, sources) for other in node.all_input_nodes if other not in seen):
+            return True
+        waiting += node.users
     return False
+
+
+def _holds(node: fx.Node, sources: set[fx.Node]) -> bool:
+    """Tell whether a node is the stream, or a sum with it: parallel branches are added one after the other."""
+    return node in sources or (_name(node) in ("add", "iadd") and any(_holds(other, sources) for other in node.all_input_nodes))
 
 
 _KEEPS_ZERO = frozenset("imul to type float half bfloat16 contiguous clone dropout".split())

@@ -23,7 +23,7 @@ from diffcr_surgery.tokens import staying_count
 from diffcr_surgery.trace import Trace
 from diffcr_surgery.trace.key import model_device
 from diffcr_surgery.trace.perturb import shake
-from diffcr_surgery.trace.recording import Recording, undisturbed
+from diffcr_surgery.trace.recording import Recording, run_call, undisturbed
 
 __all__ = ["BlockSite", "SurgeryPlan", "plan", "routed_call"]
 
@@ -221,6 +221,7 @@ def routed_call(recording: Recording, call: SiteCall, index: int, gate: str) -> 
         staying=call.staying,
         outside=call.outside,
         counts={numbers[name][0]: word for name, word in found.counts.items()},
+        overwrites=found.overwrites,
     )
 
 
@@ -273,8 +274,8 @@ def _touches_first_sample(recorded: Trace, model: torch.nn.Module, path: str) ->
     tensors = list(recorded.call.tensors)
     tensors[index] = torch.cat([tensors[index][:1], shake(tensors[index])[1:]])
     with undisturbed(model, model_device(model, tensors)) as rewind:
-        _, before, _ = flatten(recorded.recording.run(model, recorded.call.tensors))
+        _, before, _ = flatten(run_call(recorded.call, recorded.call.tensors, model.forward))
         rewind()
-        _, after, _ = flatten(recorded.recording.run(model, tensors))
+        _, after, _ = flatten(run_call(recorded.call, tensors, model.forward))
     pairs = [(a[0].float(), b[0].float()) for a, b in zip(before, after, strict=True) if a.ndim > 1]
     return any(bool((a - b).abs().max() > 1e-5 * a.std()) for a, b in pairs)

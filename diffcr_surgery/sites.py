@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import operator
 from collections.abc import Hashable, Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
+from diffcr_surgery._tree import Leaf, map_leaves
 from diffcr_surgery.align import Alignment, adds_only, align_block
 from diffcr_surgery.axes import parse_axes
 from diffcr_surgery.detect import Lineage, latent_inputs, named_leaves, residual_after, spans
@@ -66,18 +68,25 @@ def site_calls(recording: Recording, hints: Mapping[tuple[str, int], dict[str, s
         occurrence = seen.get(block.path, 0)
         seen[block.path] = occurrence + 1
         streams = lineage.streams(block.module, node)
-        key = (block.kind, tuple((path, mark.numpy().tobytes()) for path, mark in streams.items()))
+        unread = _unread(node)
+        key = (block.kind, unread, tuple((path, mark.numpy().tobytes()) for path, mark in streams.items()))
         if key not in proven:
-            proven[key] = _align(recording, block, streams, (hints or {}).get((block.path, occurrence)))
+            proven[key] = _align(recording, block, streams, (hints or {}).get((block.path, occurrence)), unread)
         found = proven[key]
+        outside = False
+        if found.routable and adds_only(recording.samples[block.kind], found):
+            output = _continuation(node, found.output)
+            stream = named_leaves(block.module, node.args, node.kwargs, fx.Node)[found.stream][1]
+            added = residual_after(output, stream, flow.calls) if output is not None else False
+            outside = bool(added)
+            if added is None:
+                found = dataclasses.replace(found, routable=False, reason=_NO_RESIDUAL)
         if not found.routable:
             lineage.settle_dense(block.module, node)
             calls.append(SiteCall(flow.calls[node], block.path, occurrence, found))
             continue
         stream = named_leaves(block.module, node.args, node.kwargs, fx.Node)[found.stream][1]
         staying = spans(streams[found.stream], parse_axes(found.axes[found.stream]).batch)
-        output = _continuation(node, found.output)
-        outside = output is not None and residual_after(output, stream, flow.calls) and adds_only(recording.samples[block.kind], found)
         lineage.settle(node, stream, found.output)
         calls.append(SiteCall(flow.calls[node], block.path, occurrence, found, staying, outside))
     names = [node.name for node in flow.graph.nodes if node.op == "placeholder"]
@@ -87,6 +96,22 @@ def site_calls(recording: Recording, hints: Mapping[tuple[str, int], dict[str, s
     return calls
 
 
+_NO_RESIDUAL = (
+    "it has no residual of its own, and its output is not simply added to the stream it came from (`x + gate * block(norm(x))`), so a "
+    "token that bypasses it has nothing to go on as"
+)
+
+
+def _unread(node: fx.Node) -> frozenset[str]:
+    """Return the paths of a block's outputs that no one uses."""
+    outputs: set[str] = set()
+    map_leaves(node.meta["outputs"], lambda path, leaf: outputs.add(path) if isinstance(leaf, Leaf) else None)
+    if any(user.target not in (operator.getitem, getattr) for user in node.users) or "" in outputs:
+        return frozenset()
+    heads = {str(user.args[1]) for user in node.users}
+    return frozenset(path for path in outputs if path.split(".")[0] not in heads)
+
+
 def _continuation(node: fx.Node, output: str) -> fx.Node | None:
     """Return the node of a block's output that continues the stream, if it is used as such."""
     if not output:
@@ -94,21 +119,23 @@ def _continuation(node: fx.Node, output: str) -> fx.Node | None:
     return next((user for user in node.users if user.target in (operator.getitem, getattr) and str(user.args[1]) == output), None)
 
 
-def _align(recording: Recording, block: BlockCall, streams: dict[str, Tensor], hint: dict[str, str] | None) -> Alignment:
+def _align(
+    recording: Recording, block: BlockCall, streams: dict[str, Tensor], hint: dict[str, str] | None, unread: frozenset[str]
+) -> Alignment:
     sample = recording.samples[block.kind]
     pattern = pattern_of(block.module)
     if pattern is None:
-        return align_block(sample, streams, hint)
+        return align_block(sample, streams, hint, unread=unread)
     declared = dict(pattern.inputs)
     _check_names(block, pattern, set(named_leaves(block.module, sample.args, sample.kwargs, Tensor)))
     stream = next(iter(declared))
-    found = align_block(sample, {stream: streams[stream]} if stream in streams else {}, declared, search=False)
+    found = align_block(sample, {stream: streams[stream]} if stream in streams else {}, declared, search=False, unread=unread)
     if streams and not found.routable:
         raise PatternError(
             f"Pattern {pattern.name!r} for {pattern.target} does not hold at {block.path}: {found.reason}. Declared: {declared}. "
             "Correct the pattern, or remove it and let the search decide."
         )
-    return found if streams else align_block(sample, streams)
+    return found if streams else align_block(sample, streams, unread=unread)
 
 
 def _check_names(block: BlockCall, pattern: BlockPattern, present: set[str]) -> None:

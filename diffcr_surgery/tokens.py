@@ -6,6 +6,7 @@ Shapes: ``b`` samples, ``n`` tokens, ``k`` kept tokens, ``c`` channels. ``kept``
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -100,6 +101,9 @@ def _stretched(kept: Tensor, word: str, size: int, tokens: int) -> Tensor:
     """Return the index into an axis of ``size``: the kept tokens, and every entry of a prefix or suffix."""
     if word == "n":
         return kept
+    if word == "n-m":
+        first = tokens - size  # tokens in front of the stream that stay, and have no entry here; kept ones stand in order
+        return kept[:, first:] - first
     fixed = torch.arange(size - tokens, device=kept.device).expand(kept.shape[0], -1)
     if word == "m+n":
         return torch.cat([fixed, kept + (size - tokens)], dim=1)
@@ -107,9 +111,8 @@ def _stretched(kept: Tensor, word: str, size: int, tokens: int) -> Tensor:
 
 
 def _check(x: Tensor, axes: Axes, tokens: int, pattern: str) -> None:
-    sizes_fit = all(
-        x.shape[axis] == tokens if axes.words[axis] == "n" else x.shape[axis] >= tokens for axis in axes.tokens if axis < x.ndim
-    )
+    fits = {"n": operator.eq, "m+n": operator.ge, "n+m": operator.ge, "n-m": operator.le}
+    sizes_fit = all(fits[axes.words[axis]](x.shape[axis], tokens) for axis in axes.tokens if axis < x.ndim)
     if x.ndim != len(axes.words) or not sizes_fit:
         raise AlignmentError(
             f"A tensor of shape {tuple(x.shape)} does not fit the axes {pattern!r} with n = {tokens}. The block got arguments of another "

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffcr_surgery._tree import flatten
+from diffcr_surgery._tree import flatten, map_leaves
 from diffcr_surgery.align.proof import Subject, needs_samples, tolerance
 from diffcr_surgery.axes import TOKEN_WORDS, parse_axes
 from diffcr_surgery.detect import named_leaves
@@ -43,6 +43,7 @@ class Alignment:
         error: Largest error of the proof relative to the output's spread.
         trials: Number of block calls the search took.
         counts: Path of each whole number that counts tokens -> ``"n"`` (those that may bypass) or ``"m+n"`` (all).
+        overwrites: Whether the block writes into the stream it is given.
     """
 
     routable: bool
@@ -54,6 +55,7 @@ class Alignment:
     error: float = float("inf")
     trials: int = 0
     counts: dict[str, str] = field(default_factory=dict)
+    overwrites: bool = False
 
     @property
     def aligned(self) -> dict[str, str]:
@@ -63,7 +65,12 @@ class Alignment:
 
 
 def align_block(
-    sample: BlockSample, streams: Mapping[str, Tensor], hint: dict[str, str] | None = None, *, search: bool = True
+    sample: BlockSample,
+    streams: Mapping[str, Tensor],
+    hint: dict[str, str] | None = None,
+    *,
+    search: bool = True,
+    unread: frozenset[str] = frozenset(),
 ) -> Alignment:
     """Find what moves with the tokens of a block, and prove it.
 
@@ -73,6 +80,7 @@ def align_block(
             (booleans, the stream's shape without channels); the others stay where they are.
         hint: Argument path -> axis pattern, tried first: a declared pattern or what was proven before.
         search: Whether to search when there is no hint or it fails.
+        unread: Paths of outputs that no one uses, such as attention maps; they may come out as they like.
 
     Returns:
         The alignment; ``routable`` is false, with the reason, where no assignment passes.
@@ -83,9 +91,11 @@ def align_block(
     if not candidates:
         return Alignment(False, "no argument carries the denoising stream (a text refiner or context encoder)")
     try:
-        subject = Subject.prepare(sample.module, sample.args, sample.kwargs)
+        subject = Subject.prepare(sample.module, sample.args, sample.kwargs, unread)
     except RuntimeError as error:
         return Alignment(False, str(error))
+    shapes = {leaves[path][1].shape for path in candidates}  # an output shaped like the stream may be its continuation, read or not
+    subject.read = [i for i, t in enumerate(subject.baseline) if i in subject.read or t.shape in shapes]
     trial = _Trial(subject, named, named_leaves(sample.module, sample.args, sample.kwargs, int))
     for stream in candidates:
         found = trial.settle(stream, streams[stream], hint, search)
@@ -97,12 +107,14 @@ def align_block(
 
 
 def adds_only(sample: BlockSample, found: Alignment) -> bool:
-    """Tell whether a block has no residual of its own: with all its weights at zero its stream comes out as zeros."""
+    """Tell whether a block has no residual of its own: with its linear maps at zero, its stream comes out as zeros."""
     twin = copy.deepcopy(sample.module).eval()
-    for weight in twin.parameters():
-        weight.requires_grad_(False).zero_()
+    for name, weight in twin.named_parameters():
+        # Norms keep their scale: one that stands after the residual would hide it otherwise.
+        weight.requires_grad_(False).fill_(0.0 if weight.ndim > 1 or "bias" in name else 1.0)
     with torch.no_grad():
-        paths, outputs, _ = flatten(twin(*sample.args, **sample.kwargs))
+        copies = map_leaves((sample.args, sample.kwargs), lambda _, leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
+        paths, outputs, _ = flatten(twin(*copies[0], **copies[1]))
     return not bool(outputs[paths.index(found.output)].any())
 
 
@@ -140,7 +152,7 @@ class _Trial:
     def settle(self, stream: str, mark: Tensor, hint: dict[str, str] | None, search: bool) -> Alignment | None:
         index = self.subject.paths.index(self.raw[stream])
         tensor = self.subject.tensors[index]
-        outputs = [i for i, t in enumerate(self.subject.baseline) if t.shape == tensor.shape]
+        outputs = [i for i in self.subject.read if self.subject.baseline[i].shape == tensor.shape]
         for output, pattern in itertools.product(outputs, _stream_patterns(tensor)):
             axes = parse_axes(pattern)
             moving = mark[None] if axes.batch is None else mark if axes.batch == 0 else mark.T
@@ -149,7 +161,7 @@ class _Trial:
             if int(moving.sum(1).max()) < 2:
                 self.complaint = "its stream holds a single token that stems from the latent; a proof takes at least two"
                 continue
-            for assignment in self._assignments(index, pattern, moving.shape[1], hint, search):
+            for assignment in self._assignments(index, pattern, moving, hint, search):
                 error = self._error(assignment, index, output, moving, pattern)
                 if error <= self._tolerance():
                     needless = [] if search else self._needless(assignment, index, output, moving, pattern)
@@ -161,16 +173,17 @@ class _Trial:
                     reason = f"proven, error {error:.0e}"
                     path = self.subject.outputs[output]
                     counts = self._counts(assignment, index, output, moving, pattern)
-                    return Alignment(True, reason, stream, path, found, moving.shape[1], error, self.count, counts)
+                    written = index in self.subject.overwritten
+                    return Alignment(True, reason, stream, path, found, moving.shape[1], error, self.count, counts, written)
         return None
 
     def moves_several(self, stream: str, mark: Tensor) -> list[str]:
         """Return the outputs that all move with the tokens of a block that could not be routed, if that is what stands in the way."""
         index = self.subject.paths.index(self.raw[stream])
-        outputs = [i for i, t in enumerate(self.subject.baseline) if t.shape == self.subject.tensors[index].shape]
+        outputs = [i for i in self.subject.read if self.subject.baseline[i].shape == self.subject.tensors[index].shape]
         if len(outputs) < 2 or mark.ndim != 2:
             return []
-        for assignment in self._assignments(index, "b n c", mark.shape[1], None, True):
+        for assignment in self._assignments(index, "b n c", mark, None, True):
             self.count += 1
             try:
                 error = self.subject.error(assignment, index, outputs, mark, "b n c")
@@ -238,7 +251,7 @@ class _Trial:
         results = self.subject.run(patterns, kept, tokens, pattern)
         shape = list(self.subject.tensors[stream].shape)
         shape[parse_axes(pattern).tokens[0]] = count
-        others = [i for i in range(len(results)) if i != output]
+        others = [i for i in self.subject.read if i != output]
         if list(results[output].shape) == shape and all(results[i].shape == self.subject.baseline[i].shape for i in others):
             return True
         self.complaint = f"on {count} of {tokens} tokens its output has shape {tuple(results[output].shape)}"
@@ -251,9 +264,12 @@ class _Trial:
         later = torch.arange(moving.shape[1], device=staying.device, dtype=torch.float32).expand(staying.shape)
         return keep_tokens(rank_tokens(later, staying), count, in_order=True)
 
-    def _assignments(self, stream: int, pattern: str, tokens: int, hint: dict[str, str] | None, search: bool) -> Iterator[dict[str, str]]:
+    def _assignments(
+        self, stream: int, pattern: str, moving: Tensor, hint: dict[str, str] | None, search: bool
+    ) -> Iterator[dict[str, str]]:
         """Yield argument sets to try, the smallest first; similar tensors of one container move together, then apart."""
         own = self.subject.paths[stream]
+        tokens, ahead = moving.shape[1], _prefix(moving)
         batch = parse_axes(pattern).batch
         samples = None if batch is None else self.subject.tensors[stream].shape[batch]
         if hint is not None:
@@ -263,7 +279,7 @@ class _Trial:
         if not search:
             return
         options = {
-            path: _options(t, tokens, samples, batch, self._prefixes(tokens))
+            path: _options(t, tokens, samples, batch, self._prefixes(tokens), ahead)
             for path, t in zip(self.subject.paths, self.subject.tensors, strict=True)
             if path != own
         }
@@ -314,11 +330,20 @@ def _words(shape: torch.Size, tokens: dict[int, str], samples: int | None, batch
     return " ".join(tokens.get(i) or ("b" if i == at else "1" if shape[i] == 1 else next(names)) for i in range(len(shape)))
 
 
-def _options(t: Tensor, tokens: int, samples: int | None, batch: int | None, prefixes: set[int]) -> list[str]:
+def _prefix(moving: Tensor) -> int:
+    """Return how many tokens stay in front of those that may bypass, 0 where it is not the same in all samples."""
+    lengths = moving.sum(1)
+    ahead = moving.shape[1] - int(lengths[0])
+    return ahead if bool((lengths == lengths[0]).all()) and bool(moving[:, ahead:].all()) else 0
+
+
+def _options(t: Tensor, tokens: int, samples: int | None, batch: int | None, prefixes: set[int], ahead: int) -> list[str]:
     """Return the patterns under which ``t`` could be indexed by token, the plain ones first."""
     found: list[str] = []
+    longer = {size for size in t.shape if size > tokens and size - tokens in prefixes}
+    sizes = {"n": {tokens}, "m+n": longer, "n+m": longer, "n-m": {tokens - ahead} if ahead else set()}
     for word in TOKEN_WORDS:
-        axes = [i for i, size in enumerate(t.shape) if (size == tokens if word == "n" else size > tokens and size - tokens in prefixes)]
+        axes = [i for i, size in enumerate(t.shape) if size in sizes[word]]
         for count in (1, 2):
             for chosen in itertools.combinations(axes, count):
                 if len({t.shape[i] for i in chosen}) == 1:

@@ -40,6 +40,8 @@ class Subject:
         paths: Path of each tensor within ``(args, kwargs)``.
         baseline: Output tensors on these arguments.
         outputs: Path of each output tensor (``""`` for a lone one).
+        read: Indices of the outputs that are used.
+        overwritten: Indices of the arguments the block writes into.
     """
 
     block: Callable[..., Any]
@@ -48,22 +50,27 @@ class Subject:
     paths: list[str]
     baseline: list[Tensor]
     outputs: list[str]
+    read: list[int]
+    overwritten: set[int]
 
     @classmethod
-    def prepare(cls, block: nn.Module, args: Any, kwargs: Any) -> Subject:
+    def prepare(cls, block: nn.Module, args: Any, kwargs: Any, unread: frozenset[str] = frozenset()) -> Subject:
         """Copy and shake ``block`` and its arguments; single precision where the block can, else its own."""
         paths, tensors, template = flatten((args, kwargs))
         failure: Exception | None = None
         for upcast, shake in ((True, True), (False, True), (True, False), (False, False)):
             twin = _shaken_copy(block, upcast)
             trial = [_shaken(t, generator(i + 1), upcast) if shake else _raised(t, upcast) for i, t in enumerate(tensors)]
+            given = [t.clone() for t in trial]
             try:
-                outputs, baseline = _call(twin, template, trial)
+                outputs, baseline = _call(twin, template, given)
             except Exception as error:  # whatever a block raises at values or dtypes it cannot take, the next form is milder
                 failure = error
                 continue
-            if all(bool(t.isfinite().all()) for t in baseline if t.is_floating_point()):
-                return cls(twin, trial, template, paths, baseline, outputs)
+            read = [i for i, path in enumerate(outputs) if path not in unread]
+            if all(bool(baseline[i].isfinite().all()) for i in read if baseline[i].is_floating_point()):
+                written = {i for i, (t, before) in enumerate(zip(given, trial, strict=True)) if not torch.equal(t, before)}
+                return cls(twin, trial, template, paths, [t.clone() for t in baseline], outputs, read, written)
         raise RuntimeError(f"it cannot be run on its own: {failure or 'its output is not finite'}")
 
     def error(self, patterns: dict[str, str], stream: int, outputs: Sequence[int], moving: Tensor, pattern_out: str) -> float:
@@ -85,16 +92,16 @@ class Subject:
         order = order.to(self.tensors[stream].device)
         moved = self.run(patterns, order, tokens, pattern_out)
         wanted = [gather_tokens(t, order, pattern_out, tokens) if i in outputs else t for i, t in enumerate(self.baseline)]
-        if [t.shape for t in moved] != [t.shape for t in wanted]:
+        if any(moved[i].shape != wanted[i].shape for i in self.read):
             return float("inf")
-        return max(_gap(a, b) for a, b in zip(moved, wanted, strict=True))
+        return max(_gap(moved[i], wanted[i]) for i in self.read)
 
     def mixes(self, stream: int, output: int, axis: int) -> bool:
         """Tell whether changing the first entry of the stream along ``axis`` changes the output of the others."""
         tensors = list(self.tensors)
         tensors[stream] = tensors[stream].clone()
         tensors[stream].narrow(axis, 0, 1).add_(1.0)
-        changed = _call(self.block, self.template, tensors)[1][output]
+        changed = _call(self.block, self.template, [t.clone() for t in tensors])[1][output]
         others = self.baseline[output].shape[axis] - 1
         return _gap(changed.narrow(axis, 1, others), self.baseline[output].narrow(axis, 1, others)) > tolerance(changed.dtype)
 
@@ -111,13 +118,13 @@ class Subject:
         """
         template = map_leaves(self.template, lambda path, leaf: (counts or {}).get(path, leaf))
         if needs_samples(patterns, kept.shape[0]):
-            args, kwargs = fill(template, self.tensors)
+            args, kwargs = fill(template, [t.clone() for t in self.tensors])
             return flatten(per_sample(self.block, args, kwargs, patterns, kept, tokens, parse_axes(stream).batch or 0))[1]
         gathered = [
             gather_tokens(t, kept, patterns[path], tokens) if parse_axes(patterns.get(path, "-")).tokens else t
             for path, t in zip(self.paths, self.tensors, strict=True)
         ]
-        return _call(self.block, template, gathered)[1]
+        return _call(self.block, template, [t.clone() for t in gathered])[1]
 
 
 def needs_samples(patterns: dict[str, str], samples: int) -> bool:
@@ -127,8 +134,8 @@ def needs_samples(patterns: dict[str, str], samples: int) -> bool:
 
 @torch.no_grad()
 def _call(block: Callable[..., Any], template: Any, tensors: list[Tensor]) -> tuple[list[str], list[Tensor]]:
-    # Clones, since a block may work in place on what it is given.
-    args, kwargs = fill(template, [t.clone() for t in tensors])
+    """Call a block on tensors of its own: it may write into them."""
+    args, kwargs = fill(template, tensors)
     paths, outputs, _ = flatten(block(*args, **kwargs))
     return paths, outputs
 

@@ -49,6 +49,7 @@ class RoutedCall:
         tokens: Length of the stream's token axis.
         staying: Tokens on it that never bypass.
         outside: Whether the residual is added after the block, so that a bypassed token takes zero from it.
+        overwrites: Whether the block writes into its stream, which is read again after it.
         counts: Path of each number that counts tokens -> ``"n"`` (those that may bypass) or ``"m+n"`` (all).
         samples: b.
         random: Whether the block draws random numbers.
@@ -68,10 +69,11 @@ class RoutedCall:
     staying: Spans = ()
     outside: bool = False
     counts: dict[str, str] = field(default_factory=dict)
+    overwrites: bool = False
 
 
 def _item(graph: fx.Graph, block: fx.Node, item: int | str) -> fx.Node:
-    return graph.call_function(operator.getitem if isinstance(item, int) else getattr, (block, item))
+    return graph.call_function(operator.getitem if isinstance(item, int) else ops.named_item, (block, item))
 
 
 def emit_block(graph: fx.Graph, path: str, args: Any, kwargs: Any, items: list[int | str]) -> dict[int | str | None, fx.Node]:
@@ -103,7 +105,7 @@ def emit_site(
     Returns:
         Node of each used item; the one of the stream has all n tokens.
     """
-    emitter = _Site(graph, call, args, kwargs, items)
+    emitter = _Site(graph, call, args, kwargs, items, blended=decision.upper is not None)
     lower = emitter.branch(decision.lower, second=False)
     if decision.upper is None:
         return lower
@@ -119,11 +121,12 @@ def _named(graph: fx.Graph, name: str, target: Any, args: tuple[Any, ...]) -> fx
 
 
 class _Site:
-    def __init__(self, graph: fx.Graph, call: RoutedCall, args: Any, kwargs: Any, items: list[int | str]) -> None:
+    def __init__(self, graph: fx.Graph, call: RoutedCall, args: Any, kwargs: Any, items: list[int | str], *, blended: bool) -> None:
         self.graph = graph
         self.call = call
         self.arguments = (args, kwargs)
         self.items = items
+        self.blended = blended
         self.stream = self._find(call.stream)
         self._scores: fx.Node | None = None
         self._order: fx.Node | None = None
@@ -173,7 +176,8 @@ class _Site:
             return self._whole(second)
         kept = _named(graph, f"kept_{call.index}", keep_tokens, (self.order(), count, *((True,) if call.staying else ())))
         tokens = _named(graph, f"tokens_{call.index}", gather_tokens, (self.stream, kept, call.pattern, call.tokens))
-        results = self._run_kept(kept, tokens, second, count)
+        given = graph.call_method("clone", (tokens,)) if call.overwrites else tokens
+        results = self._run_kept(kept, given, second, count)
         processed = self.gated(tokens, results[call.output], kept)
         skip = graph.call_function(torch.zeros_like, (self.stream,)) if call.outside else self.stream
         results[call.output] = _named(graph, f"stream_{call.index}", scatter_tokens, (skip, processed, kept, call.pattern))
@@ -182,7 +186,11 @@ class _Site:
     def _whole(self, second: bool) -> dict[int | str | None, fx.Node]:
         """Emit the block on all tokens: nothing is decided, so nothing is gathered; only the paper's gate still scales."""
         call = self.call
-        results = self._call(self.arguments[0], self.arguments[1], second)
+        args, kwargs = self.arguments
+        if call.overwrites and (call.gate == "sigmoid" or self.blended):
+            copied = self.graph.call_method("clone", (self.stream,))
+            args, kwargs = map_leaves(self.arguments, lambda path, leaf: copied if path == call.stream else leaf)
+        results = self._call(args, kwargs, second)
         if call.gate == "sigmoid":
             results[call.output] = self.gated(self.stream, results[call.output], None)
         return results

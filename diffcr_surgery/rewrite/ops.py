@@ -9,12 +9,17 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-from diffcr_surgery._tree import flatten
+from diffcr_surgery._tree import flatten, is_dataclass_value
 from diffcr_surgery.axes import parse_axes
 from diffcr_surgery.trace.recorder import rng_state
 from diffcr_surgery.trace.recording import set_rng_state
 
-__all__ = ["blend", "blend_weight", "checkpointed", "gate_update", "hold_scores", "take_scores", "without_random_trace"]
+__all__ = ["blend", "blend_weight", "checkpointed", "gate_update", "hold_scores", "named_item", "take_scores", "without_random_trace"]
+
+
+def named_item(output: Any, name: str) -> Any:
+    """Return a field of a block's output, a dataclass or a dict."""
+    return getattr(output, name) if is_dataclass_value(output) else output[name]
 
 
 def take_scores(scores: Tensor, kept: Tensor) -> Tensor:

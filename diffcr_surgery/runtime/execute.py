@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from diffcr_surgery._tree import fill, flatten, map_leaves
-from diffcr_surgery.errors import AlignmentError
+from diffcr_surgery.errors import AlignmentError, TimestepError
 from diffcr_surgery.plan import SurgeryPlan, routed_call
 from diffcr_surgery.rewrite import Decision, RewriteResult, RoutedCall, RouteTokens, ScatterInPlace
 from diffcr_surgery.runtime.state import DiffCRState
@@ -128,6 +128,11 @@ def _select(call: Call, rows: list[int], batch: int, shared: frozenset[str]) -> 
         if path not in shared and t.ndim and t.shape[0] == batch:
             memo.setdefault(id(t), t.index_select(0, index.to(t.device)))
         chosen.append(memo.get(id(t), t))
+    if all(new is old for new, old in zip(chosen, call.tensors, strict=True) if new.ndim > 1 and new.is_floating_point()):
+        raise TimestepError(
+            "The samples of this call lie in several timestep regions, and none of its inputs can be split into samples (a packed "
+            "sequence, or a list): batch axis 0 is what a split goes by. Call the model once for each region, or use timestep_regions=1."
+        )
     other = {id(old): new for old, new in zip(call.tensors, chosen, strict=True)}
 
     def swap(_: str, leaf: Any) -> Any:

@@ -61,15 +61,14 @@ def _mixes(recorder: Recorder, event: FunctionEvent) -> bool:
     return name in _PRODUCTS and len(operands) >= 2
 
 
-def _activates(recorder: Recorder, event: FunctionEvent, stream: int) -> bool:
+def _activated(recorder: Recorder, event: FunctionEvent, stream: int) -> int:
+    """Return how many entries a call passes through the kind of nonlinearity that MLPs have."""
     name = function_name(event.function)
     if name not in _ACTIVATIONS:
-        return False
-    size = max(
-        (torch.Size(recorder.meta[value].shape).numel() for value in refs_of((event.args, event.kwargs)).values()),
-        default=0,
-    )
-    return size > stream if name in _WIDENING else size >= stream
+        return 0
+    sizes = (torch.Size(recorder.meta[value].shape).numel() for value in refs_of((event.args, event.kwargs)).values())
+    size = max(sizes, default=0)
+    return size if name not in _WIDENING or size > stream else 0
 
 
 def _qualifies(recorder: Recorder, frame: Frame) -> bool:
@@ -79,7 +78,8 @@ def _qualifies(recorder: Recorder, frame: Frame) -> bool:
     arguments = refs_of((frame.args, frame.kwargs))
     stream = min(torch.Size(recorder.meta[arguments[path]].shape).numel() for path, _ in pairs)
     functions = [event for event in frame.walk() if isinstance(event, FunctionEvent)]
-    return any(_mixes(recorder, e) for e in functions) and any(_activates(recorder, e, stream) for e in functions)
+    # Summed, since each of the experts of a mixture sees but a part of the tokens.
+    return any(_mixes(recorder, e) for e in functions) and sum(_activated(recorder, e, stream) for e in functions) >= stream
 
 
 def block_candidates(recorder: Recorder, root: Frame) -> set[int]:

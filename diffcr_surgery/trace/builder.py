@@ -170,6 +170,8 @@ class _Builder:
                 self._state(event, event.path)
                 node = self.graph.call_module(event.path, self.operand(event.args), self.operand(event.kwargs))
                 self.frames[node] = event
+                if self.flow:
+                    node.meta["outputs"] = event.output
                 self.assign(node, event.output)
                 if any(isinstance(inner, FunctionEvent) and self._sized_by_content(inner) for inner in event.walk()):
                     self._expect_shapes(event.output)

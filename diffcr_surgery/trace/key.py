@@ -89,7 +89,7 @@ def input_key(call: Call) -> Hashable:
         for index, (path, tensor) in enumerate(zip(call.paths, call.tensors, strict=True))
     )
     device = call.tensors[0].device.type if call.tensors else "cpu"
-    return (freeze(call.template), layouts, torch.is_grad_enabled(), autocast_state(device))
+    return (freeze(call.template), layouts, torch.is_grad_enabled(), autocast_state(device), torch.backends.mha.get_fastpath_enabled())
 
 
 class ModelState:

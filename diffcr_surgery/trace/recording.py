@@ -20,7 +20,7 @@ from diffcr_surgery.trace.key import Call, ModelState, input_key, model_device
 from diffcr_surgery.trace.perturb import perturb_inputs
 from diffcr_surgery.trace.recorder import Frame, Recorder, rng_state
 
-__all__ = ["BlockCall", "BlockSample", "Flow", "Recording", "Recordings", "compile_graph", "record", "undisturbed"]
+__all__ = ["BlockCall", "BlockSample", "Flow", "Recording", "Recordings", "compile_graph", "record", "run_call", "undisturbed"]
 
 MAX_RECORDINGS = 64
 MAX_VARIANTS = 16
@@ -291,7 +291,7 @@ def _verify(recording: Recording, model: torch.nn.Module, call: Call, forward: C
     except StaleRecordingError:  # a guard saw the difference, as it should; what is left to check is the recorded call itself
         rewind()
         tensors = call.tensors
-        expected = _run(call, tensors, forward)
+        expected = run_call(call, tensors, forward)
         rewind()
         try:
             actual = recording.run(model, tensors)
@@ -308,9 +308,18 @@ def _verify(recording: Recording, model: torch.nn.Module, call: Call, forward: C
     gaps = [float((a - b).abs().max()) for a, b in pairs]
     raise TraceError(
         f"The recording of {type(model).__name__} does not reproduce it on other inputs of the same shapes (largest differences {gaps}). "
-        f"{_suspects(recording)}Something in its forward escapes the recording: a tensor taken from a cache, a side effect on modules, or "
-        "an input read outside torch. Move that part into a submodule, which is kept whole."
+        f"{_suspects(recording)}{_fast_path(model)}Something in its forward escapes the recording: a tensor taken from a cache, a side "
+        "effect on modules, or an input read outside torch. Move that part into a submodule, which is kept whole."
     )
+
+
+def _fast_path(model: torch.nn.Module) -> str:
+    if torch.backends.mha.get_fastpath_enabled() and any(isinstance(m, torch.nn.TransformerEncoder) for m in model.modules()):
+        return (
+            "It holds a torch.nn.TransformerEncoder, whose fast path gives other values where tokens are padded, and is not taken while "
+            "recording; call torch.backends.mha.set_fastpath_enabled(False) first. "
+        )
+    return ""
 
 
 def _suspects(recording: Recording) -> str:
@@ -324,13 +333,13 @@ def _reference(call: Call, forward: Callable[..., Any], rewind: Callable[[], Non
     for integers in (True, False):
         tensors = perturb_inputs(call.tensors, integers=integers)
         try:
-            output = _run(call, tensors, forward)
+            output = run_call(call, tensors, forward)
             if _finite(output):
                 return tensors, output
         except Exception:  # a model may refuse any input by any error; the unperturbed ones are known to work
             pass
         rewind()
-    return call.tensors, _run(call, call.tensors, forward)
+    return call.tensors, run_call(call, call.tensors, forward)
 
 
 def _finite(output: Any) -> bool:
@@ -338,7 +347,8 @@ def _finite(output: Any) -> bool:
     return all(bool(t.isfinite().all()) for t in flatten(output)[1] if t.is_floating_point())
 
 
-def _run(call: Call, tensors: list[torch.Tensor], forward: Callable[..., Any]) -> Any:
+def run_call(call: Call, tensors: list[torch.Tensor], forward: Callable[..., Any]) -> Any:
+    """Call ``forward`` as in ``call``, on other input tensors."""
     other = {id(old): new for old, new in zip(call.tensors, tensors, strict=True)}
     swap = lambda _, leaf: other.get(id(leaf), leaf)  # noqa: E731
     args, kwargs = map_leaves((call.args, call.kwargs), swap)

@@ -54,7 +54,7 @@ SITES = {
     "MiniMaxMusic3Transformer1DModel": "2 MiniMaxMusic3TransformerBlock 17+1",
     "MochiTransformer3DModel": "3 MochiTransformerBlock 40+0",
     "MotifVideoTransformer3DModel": "2 MotifVideoTransformerBlock 40+0, 4 MotifVideoSingleTransformerBlock 40+0",
-    "NucleusMoEImageTransformer2DModel": "4 NucleusMoEImageTransformerBlock 20+0",
+    "NucleusMoEImageTransformer2DModel": "6 NucleusMoEImageTransformerBlock 20+0",
     "OmniGenTransformer2DModel": "2 OmniGenBlock 20+8",
     "OvisImageTransformer2DModel": "2 OvisImageTransformerBlock 20+0, 2 OvisImageSingleTransformerBlock 20+0",
     "PRXTransformer2DModel": "2 PRXBlock 20+0",
@@ -90,4 +90,56 @@ DENSE = {
 # Model classes of the package that denoise nothing -> why.
 NO_DENOISERS = {
     "MiniMaxMusic3RVQDepthDecoder": "an autoregressive language model over codebooks: no noise, no timestep",
+}
+
+# The same for the hand-written models.
+HAND_WRITTEN = {
+    "AddcmulDiT": "4 ParallelBlock 20+0",
+    "DataclassDiT": "3 _DiTBlock 20+0",
+    "DiT": "4 DiTBlock 16+0",
+    "DictDiT": "3 MapsBlock 20+0",
+    "DiffusionForcing": "3 TokenwiseBlock 20+0",
+    "Eva": "3 EvaBlock 20+1",
+    "EvaBlockDenoiser": "3 EvaBlock 20+0",
+    "EvaPrefixDenoiser": "3 EvaBlock 20+3",
+    "F5TTS": "3 F5Block 24+0",
+    "Flux": "2 DoubleStreamBlock 20+0, 3 SingleStreamBlock 20+7",
+    "InPlaceDiT": "3 InPlaceBlock 20+0",
+    "LatentInterface": "1 ReadWriteBlock dense, 5 ReadWriteBlock 7+0, 2 ReadWriteBlock 20+0",
+    "Latte": "2 _DiTBlock 20+0, 2 _DiTBlock 7+0",
+    "LinearDiT": "3 LinearBlock 20+0",
+    "LucidDenoiser": "1 LucidTransformer 20+2",
+    "MDM": "3 TransformerEncoderLayer 20+1",
+    "MDMBatchFirst": "3 TransformerEncoderLayer 20+1",
+    "MDMPadded": "3 TransformerEncoderLayer 20+1",
+    "MDT": "4 MDTBlock 15+0, 2 MDTBlock dense",
+    "MMDiT": "4 JointBlock 20+0",
+    "MaskDiT": "3 DiTBlock 12+0, 2 DiTBlock 12+8",
+    "MoEDiT": "3 MoEBlock 20+0",
+    "NestedDiT": "6 DiTBlock 20+0",
+    "NestedInputsDiT": "3 CrossBlock 20+0",
+    "NextDiT": "3 NextDiTBlock 16+4",
+    "NextDiTBatch": "3 NextDiTBlock 20+0",
+    "OverwritingDiT": "3 OverwritingBlock 20+0",
+    "PackedDiT": "3 PackedBlock 19+0",
+    "ParallelDiT": "4 ParallelBlock 20+0",
+    "PixArt": "3 PixArtBlock 20+0",
+    "RegisterDiT": "3 RotaryBlock 20+5",
+    "SequentialDiT": "3 PairBlock 20+0",
+    "SharedDiT": "5 DiTBlock 20+0",
+    "SiTREPA": "4 DiTBlock 20+0",
+    "StableAudio": "3 StableAudioBlock 24+3",
+    "TimmBlockDenoiser": "3 Block 20+1",
+    "TokenwiseDiT": "3 TokenwiseBlock 20+0",
+    "TupleDiT": "3 AuxBlock 20+0",
+    "TwinDiT": "4 ParallelBlock 20+0",
+    "UViT": "5 UViTBlock 20+8",
+    "ViTWithRegisters": "3 Block 20+4",
+    "VisionTransformer": "3 Block 20+1",
+}
+HAND_WRITTEN_DENSE = {
+    "DiffusionPolicy": _NO_SET,  # torch's decoder tells its layers that the mask is causal, and they go by position
+    "HDiT": "No block was found .* takes tokens \\(b n c\\)",  # its streams are grids, b h w c
+    "PostNormDiT": "not simply added to the stream",  # x + norm(block(x)): zero is no neutral update there
+    "WanOriginal": _NO_SET,  # rotary positions counted inside attention, from the grid's size
 }

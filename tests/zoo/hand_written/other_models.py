@@ -474,7 +474,14 @@ class WanOriginal(nn.Module):
         return [u.float() for u in out]
 
 
-@entry("WanOriginal", dict(dim=36, depth=3, heads=3, text=20, text_len=9), into=OTHERS, module=__name__, timestep="t")
+@entry(
+    "WanOriginal",
+    dict(dim=36, depth=3, heads=3, text=20, text_len=9),
+    into=OTHERS,
+    module=__name__,
+    timestep="t",
+    warns=("CUDA is not available or torch_xla is imported",),
+)
 def wan_original(batch: int, rows: int) -> dict[str, Any]:
     return {
         "x": [torch.randn(4, 3 - i % 2, rows, 10) for i in range(batch)],
@@ -832,7 +839,7 @@ class CrossBlock(nn.Module):
         return x + self.mlp(self.norms[2](x))
 
 
-class NestedDiT(nn.Module):
+class NestedInputsDiT(nn.Module):
     """A tuple of latents, a dict of dicts of conditions that every block gets whole, a list out: one latent each, and features."""
 
     def __init__(self, dim: int, depth: int, text: int) -> None:
@@ -854,7 +861,7 @@ class NestedDiT(nn.Module):
         return [*(head(x).mT.unflatten(2, shape) for head in self.heads), features]
 
 
-@entry("NestedDiT", dict(dim=32, depth=3, text=20), into=OTHERS, module=__name__, timestep=None)
+@entry("NestedInputsDiT", dict(dim=32, depth=3, text=20), into=OTHERS, module=__name__, timestep=None)
 def nested_dit(batch: int, rows: int) -> dict[str, Any]:
     return {
         "latents": (torch.randn(batch, 4, rows, 5), torch.randn(batch, 2, rows, 5)),

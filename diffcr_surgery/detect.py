@@ -166,7 +166,7 @@ class Lineage:
             found = self._marks.get(source)
             if "content" in source.meta and not _any(found):
                 pins.update(_origins(source))
-                return source.meta["content"]
+                return source.meta["content"].cpu()  # marks live there
             if found is None:
                 raise LookupError(source)
             return found

@@ -58,6 +58,7 @@ def site_calls(recording: Recording, hints: Mapping[tuple[str, int], dict[str, s
         raise SurgeryError("This recording was aligned before; record the model anew.")
     lineage = Lineage(latent_inputs(flow.graph))
     proven: dict[tuple[Hashable, ...], Alignment] = {}
+    lone: dict[tuple[Hashable, ...], bool] = {}
     seen: dict[str, int] = {}
     calls: list[SiteCall] = []
     for node in flow.graph.nodes:
@@ -73,22 +74,22 @@ def site_calls(recording: Recording, hints: Mapping[tuple[str, int], dict[str, s
         if key not in proven:
             proven[key] = _align(recording, block, streams, (hints or {}).get((block.path, occurrence)), unread)
         found = proven[key]
-        outside = False
-        if found.routable and adds_only(recording.samples[block.kind], found):
-            output = _continuation(node, found.output)
-            stream = named_leaves(block.module, node.args, node.kwargs, fx.Node)[found.stream][1]
-            added = residual_after(output, stream, flow.calls) if output is not None else False
-            outside = bool(added)
-            if added is None:
-                found = dataclasses.replace(found, routable=False, reason=_NO_RESIDUAL)
         if not found.routable:
             lineage.settle_dense(block.module, node)
             calls.append(SiteCall(flow.calls[node], block.path, occurrence, found))
             continue
         stream = named_leaves(block.module, node.args, node.kwargs, fx.Node)[found.stream][1]
+        output = _continuation(node, found.output)
+        outside = residual_after(output, stream, flow.calls) if output is not None else False
+        if outside is not False:
+            if key not in lone:
+                lone[key] = adds_only(recording.samples[block.kind], found)
+            outside = lone[key] and outside
         staying = spans(streams[found.stream], parse_axes(found.axes[found.stream]).batch)
+        if outside is None:
+            found = dataclasses.replace(found, routable=False, reason=_NO_RESIDUAL)
         lineage.settle(node, stream, found.output)
-        calls.append(SiteCall(flow.calls[node], block.path, occurrence, found, staying, outside))
+        calls.append(SiteCall(flow.calls[node], block.path, occurrence, found, staying, bool(outside)))
     names = [node.name for node in flow.graph.nodes if node.op == "placeholder"]
     recording.pinned = {names.index(node.name): node.meta["content"].clone() for node in lineage.pinned}
     recording.samples.clear()

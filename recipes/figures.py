@@ -3,11 +3,14 @@
     python -m diffcr_surgery demo --out demo-out
     python recipes/figures.py demo-out
 
+Without a folder it leaves the demo's table out.
+
 Run it on an idle machine. What is compared is timed in turns, and medians are reported.
 """
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -67,6 +70,31 @@ def call_overhead(batch: int) -> float:
     return converted / dense
 
 
+@torch.no_grad()
+def planning_xl() -> str:
+    """Time and memory of planning a DiT-XL/2 on 256 tokens, and what the converted model costs with every ratio at 0."""
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # noqa: E731 - bytes, on Linux
+    model = DiTTransformer2DModel(
+        num_layers=28, num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8, sample_size=32, patch_size=2
+    ).eval()
+    example = inputs(1)
+    before = peak()
+    dense = statistics.median(timed(lambda: model(**example)) for _ in range(3))
+    forward = peak() - before
+    plan = dcs.plan(model, example)
+    block = sum(p.nbytes for p in model.transformer_blocks[0].parameters())
+    extra = peak() - before - forward
+    seconds = statistics.median(timed(lambda: dcs.plan(model, example)) for _ in range(3))
+    dcs.convert_(model, plan)
+    original = type(model)._diffcr_original.forward
+    own, converted = in_turns(lambda: original(model, **example), lambda: model(**example))
+    return (
+        f"- DiT-XL/2 (28 layers, 1152 wide, 256 tokens, batch 1): planning takes {seconds / dense:.1f} dense forwards, and at its "
+        f"peak {extra / 2**20:.0f} MiB beyond a forward (a forward takes {forward / 2**20:.0f} MiB beyond the weights, a block has "
+        f"{block / 2**20:.0f} MiB). Converted, every ratio at 0: {converted / own - 1:+.2%} against its own forward."
+    )
+
+
 def import_seconds() -> float:
     """Median time of importing the package in a fresh interpreter, torch already there."""
     code = "import time, torch; t = time.perf_counter(); import diffcr_surgery; print(time.perf_counter() - t)"
@@ -89,13 +117,16 @@ def demo_table(report: dict[str, float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print the README's figures as Markdown.")
-    parser.add_argument("demo", type=Path, metavar="DIR", help="folder that `python -m diffcr_surgery demo --out DIR` wrote")
-    report = json.loads((parser.parse_args().demo / "report.json").read_text(encoding="utf-8"))
-    print(f"On {report['device']}, {report['threads']} threads, torch {report['torch']}; batch {report['latency_batch']}, one seed:\n")
-    print(demo_table(report))
+    parser.add_argument("demo", type=Path, metavar="DIR", nargs="?", help="folder that `python -m diffcr_surgery demo --out DIR` wrote")
+    folder = parser.parse_args().demo
+    if folder is not None:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        print(f"On {report['device']}, {report['threads']} threads, torch {report['torch']}; batch {report['latency_batch']}, one seed:\n")
+        print(demo_table(report))
+    print(f"\n{planning_xl()}")
     batches = (1, 8)
     times = ", ".join(f"{conversion_time(batch):.1f} (batch {batch})" for batch in batches)
-    print(f"\n- Planning and converting a DiT of 12 layers, 384 wide, 256 tokens: {times} dense forwards.")
+    print(f"- Planning and converting a DiT of 12 layers, 384 wide, 256 tokens: {times} dense forwards.")
     overheads = ", ".join(f"{call_overhead(batch):.3f}× (batch {batch})" for batch in batches)
     print(f"- The same model converted, every ratio at 0, against dense: {overheads}.")
     print(f"- `import diffcr_surgery` beyond torch: {import_seconds():.2f} s.")

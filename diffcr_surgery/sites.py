@@ -81,10 +81,10 @@ def site_calls(recording: Recording, hints: Mapping[tuple[str, int], dict[str, s
         stream = named_leaves(block.module, node.args, node.kwargs, fx.Node)[found.stream][1]
         output = _continuation(node, found.output)
         outside = residual_after(output, stream, flow.calls) if output is not None else False
-        if outside is not False:
+        if outside is not False or block.half:
             if key not in lone:
                 lone[key] = adds_only(recording.samples[block.kind], found)
-            outside = lone[key] and outside
+            outside = (outside or None) if lone[key] else False
         staying = spans(streams[found.stream], parse_axes(found.axes[found.stream]).batch)
         if outside is None:
             found = dataclasses.replace(found, routable=False, reason=_NO_RESIDUAL)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ from diffcr_surgery.trace.recording import BlockSample
 __all__ = ["Alignment", "adds_only", "align_block"]
 
 MAX_TRIALS = 200
+_COUNTS_OTHERS = re.compile("head|group|dim|channel|layer|block|index|idx", re.IGNORECASE)  # numbers equal to n by chance
 _NAMES = "cdefghijkl"
 
 
@@ -202,7 +204,7 @@ class _Trial:
         total, most = moving.shape[1], int(moving.sum(1).max())
         found: dict[str, str] = {}
         for name, (path, value) in self.numbers.items():
-            if type(value) is not int or value not in (most, total):
+            if type(value) is not int or value not in (most, total) or _COUNTS_OTHERS.search(name):
                 continue
             word = "m+n" if value == total and most < total else "n"
             kept = self._half(stream, moving)

@@ -10,6 +10,7 @@ import functools
 import inspect
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,6 +34,15 @@ def _rebuild(original: type, make: Any, args: tuple[Any, ...]) -> Any:
     return make(*(converted if arg is original else arg for arg in args))
 
 
+def _own_children(model: torch.nn.Sequential) -> Iterator[torch.nn.Module]:
+    """Iterate over what a ``Sequential`` runs: its children without ``diffcr``."""
+    return (child for name, child in model.named_children() if name != "diffcr")
+
+
+def _count_own(model: torch.nn.Sequential) -> int:
+    return sum(1 for _ in _own_children(model))
+
+
 def _subclass(original: type) -> type:
     """Return the converted twin of a model class: same name and module, another forward."""
     with _LOCK:
@@ -52,11 +62,12 @@ def _subclass(original: type) -> type:
             make, args, *rest = standard(protocol)
             return (_rebuild, (original, make, tuple(original if arg is converted else arg for arg in args)), *rest)
 
+        extra: dict[str, Any] = {"__iter__": _own_children, "__len__": _count_own} if issubclass(original, torch.nn.Sequential) else {}
         names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
         converted = type(
             original.__name__,
             (original,),
-            {**names, "forward": forward, "__reduce_ex__": reduce, "_diffcr_original": original},
+            {**names, **extra, "forward": forward, "__reduce_ex__": reduce, "_diffcr_original": original},
         )
         _SUBCLASSES[original] = converted
         return converted

@@ -82,9 +82,13 @@ def _qualifies(recorder: Recorder, frame: Frame) -> bool:
     return any(_mixes(recorder, e) for e in functions) and sum(_activated(recorder, e, stream) for e in functions) >= stream
 
 
-def block_candidates(recorder: Recorder, root: Frame) -> set[int]:
-    """Return ``id`` of each module whose call is the innermost that looks like a transformer block."""
-    blocks: set[int] = set()
+def block_candidates(recorder: Recorder, root: Frame) -> dict[int, bool]:
+    """Return ``id`` of each module whose call is a transformer block -> whether it is but a half of one.
+
+    Where no module holds attention and MLP together, as in ``for attend, feed in layers: x = attend(x) + x; x = feed(x) + x``, each half is
+    taken by itself. So it is in a module that holds several such pairs, one after the other.
+    """
+    blocks: dict[int, bool] = {}
 
     def visit(frame: Frame) -> list[Frame]:
         if frame is not root and pattern_of(frame.module) is not None:
@@ -92,13 +96,52 @@ def block_candidates(recorder: Recorder, root: Frame) -> set[int]:
         inner = [found for event in frame.events if isinstance(event, Frame) for found in visit(event)]
         if frame is root or not _qualifies(recorder, frame):
             return inner
+        if not inner:
+            return [frame] if not _repeats(halves := _halves(recorder, frame, _main_stream(recorder, frame))) else take(halves)
         parts = len({type(found.module) for found in inner}) == len(inner)
-        if inner and not (parts and _adds_to_its_stream(recorder, frame)):
-            return inner
-        return [frame]
+        return [frame] if parts and _adds_to_its_stream(recorder, frame) else inner
 
-    blocks.update(id(frame.module) for frame in visit(root))
-    return blocks
+    def take(halves: list[tuple[Frame, bool]]) -> list[Frame]:
+        blocks.update({id(half.module): True for half, _ in halves})
+        return [half for half, _ in halves]
+
+    found = visit(root)
+    if not found:
+        metas = dict.fromkeys(_main_stream(recorder, f) for f in root.walk() if isinstance(f, Frame) and stream_pairs(recorder, f))
+        for halves in (_halves(recorder, root, meta) for meta in metas if len(meta.shape) == 3):
+            if len({mixes for _, mixes in halves}) == 2:
+                found += take(halves)
+    return {id(frame.module): id(frame.module) in blocks for frame in found}
+
+
+def _main_stream(recorder: Recorder, frame: Frame) -> Meta:
+    path, _ = stream_pairs(recorder, frame)[0]
+    return recorder.meta[refs_of((frame.args, frame.kwargs))[path]]
+
+
+def _halves(recorder: Recorder, frame: Frame, meta: Meta) -> list[tuple[Frame, bool]]:
+    """Return the innermost calls with weights that map a stream to one like it, and whether each mixes tokens or is an MLP."""
+    found: list[tuple[Frame, bool]] = []
+    for event in frame.events:
+        if not isinstance(event, Frame):
+            continue
+        inner = _halves(recorder, event, meta)
+        alike = any(recorder.meta[refs_of((event.args, event.kwargs))[path]] == meta for path, _ in stream_pairs(recorder, event))
+        if not inner and alike and any(p.ndim > 1 for p in event.module.parameters()):
+            functions = [each for each in event.walk() if isinstance(each, FunctionEvent)]
+            size = torch.Size(meta.shape).numel()
+            mixes = any(_mixes(recorder, each) for each in functions)
+            inner = [(event, mixes)] if mixes or sum(_activated(recorder, each, size) for each in functions) >= size else []
+        found += inner
+    return found
+
+
+def _repeats(halves: list[tuple[Frame, bool]]) -> bool:
+    """Tell whether attention and MLP come by turns, twice at least."""
+    wanted = [True, False, True, False]
+    for _, mixes in halves:
+        wanted = wanted[1:] if wanted and mixes == wanted[0] else wanted
+    return not wanted
 
 
 def _adds_to_its_stream(recorder: Recorder, frame: Frame) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -39,13 +39,14 @@ class BlockSample:
 
 @dataclass(frozen=True)
 class BlockCall:
-    """What a graph node that calls a block stands for."""
+    """What a graph node that calls a block stands for; ``half`` is an attention or an MLP that has no module in common with the other."""
 
     path: str
     module: torch.nn.Module
     kind: Hashable
     checkpointed: bool
     random: bool
+    half: bool = False
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,9 @@ def record(model: torch.nn.Module, call: Call, forward: Callable[..., Any]) -> R
         blocks = block_candidates(recorder, root)
         built = build(recorder, root, list(zip(call.paths, call.tensors, strict=True)), template, blocks)
         calls = {
-            node: BlockCall(frame.path, frame.module, block_kind(recorder, frame), frame.checkpointed, frame.random)
+            node: BlockCall(
+                frame.path, frame.module, block_kind(recorder, frame), frame.checkpointed, frame.random, blocks[id(frame.module)]
+            )
             for node, frame in built.frames.items()
             if id(frame.module) in blocks
         }
@@ -275,7 +278,7 @@ def _held(model: torch.nn.Module, constants: list[Any]) -> list[Held]:
     return [Held(owner, key, value) for owner, (key, value) in items if id(value) in wanted]
 
 
-def _flow(recorder: Recorder, root: Frame, call: Call, blocks: set[int], built: BuiltGraph) -> Flow:
+def _flow(recorder: Recorder, root: Frame, call: Call, blocks: Collection[int], built: BuiltGraph) -> Flow:
     flow = build_flow(recorder, root, list(zip(call.paths, call.tensors, strict=True)), blocks)
     nodes = {id(frame): node for node, frame in built.frames.items()}
     return Flow(flow.graph, {node: nodes[id(frame)] for node, frame in flow.frames.items()})

@@ -245,6 +245,47 @@ def test_a_skip_beside_a_block_with_a_residual_of_its_own_is_no_residual(inside:
     assert [call.outside for call in model_calls(model)] == [not inside] * 2
 
 
+class Attend(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(*self.qkv(self.norm(x)).chunk(3, -1))
+
+
+class Pairs(nn.Module):
+    """Attention and MLP by turns, each with a residual of its own, and no module for the two: what lucidrains writes."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        feed = [
+            nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH)) for _ in range(depth)
+        ]
+        self.layers = nn.ModuleList(nn.ModuleList([Attend(), each]) for each in feed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for attend, feed in self.layers:  # type: ignore[misc]
+            x = attend(x) + x
+            x = feed(x) + x
+        return x
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["in a module", "at the root"])
+def test_halves_of_layers_are_routed_one_by_one(inside: bool) -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Pairs(2)) if inside else Pairs(2)
+    plan = dcs.plan(model, (X,), dcs.DiffCRConfig(initial_ratio=0.5, learn_ratios=False))
+    assert [site.path.rpartition("layers.")[2] for site in plan.routed_sites] == ["0.0", "0.1", "1.0", "1.1"]
+    dcs.convert_(model, plan)
+    assert [call.outside for call in model_calls(model)] == [True] * 4
+
+
+def test_a_layer_of_attention_and_mlp_is_whole() -> None:
+    """Macaron layers have an MLP on either side of the attention, and joint ones two of each: one layer all the same."""
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Pairs(1))
+    assert [site.path for site in dcs.plan(model, (X,)).routed_sites] == ["1"]
+
+
 # --- numbers that count tokens, and blocks with several outputs ------------------------------------------------------
 class Counting(Block):
     """Reads the text with its last `count` tokens alone, as Helios does with its history in front."""

@@ -158,6 +158,17 @@ def test_table_is_projected_not_clamped():
     assert torch.equal(dcs.ratio_table(model), torch.full_like(table, 0.9))
 
 
+def test_a_sequential_runs_its_own_children_alone():
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.TransformerEncoderLayer(WIDTH, 2, 20, batch_first=True), nn.Linear(WIDTH, 3)).eval()
+    x = torch.randn(2, 10, WIDTH, generator=torch.Generator().manual_seed(0))
+    before = model(x)
+    dcs.convert_(model, (x,))
+    assert torch.equal(model(x), before) and len(model) == 3 and [type(m).__name__ for m in model][1] == "TransformerEncoderLayer"
+    model(torch.cat([x, x]))
+    dcs.restore_(model)
+    assert len(model) == 3
+
+
 def test_budget_loss_counts_what_a_step_pushed_below_zero_as_zero():
     """Two ratios at 0 and one above: were their excursions below 0 counted, the mean would be met outside the range."""
     model = converted(target_ratio=0.05)

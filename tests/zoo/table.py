@@ -108,7 +108,7 @@ HAND_WRITTEN = {
     "LatentInterface": "1 ReadWriteBlock dense, 5 ReadWriteBlock 7+0, 2 ReadWriteBlock 20+0",
     "Latte": "2 _DiTBlock 20+0, 2 _DiTBlock 7+0",
     "LinearDiT": "3 LinearBlock 20+0",
-    "LucidDenoiser": "1 LucidTransformer 20+2",
+    "LucidDenoiser": "3 LucidAttention 20+2, 3 Sequential 20+2",
     "MDM": "3 TransformerEncoderLayer 20+1",
     "MDMBatchFirst": "3 TransformerEncoderLayer 20+1",
     "MDMPadded": "3 TransformerEncoderLayer 20+1",

@@ -26,7 +26,7 @@ from diffcr_surgery.trace.recording import BlockSample
 
 __all__ = ["Alignment", "adds_only", "align_block"]
 
-MAX_TRIALS = 200
+MAX_TRIALS = 600  # a round; reached only where many lengths are alike
 _COUNTS_OTHERS = re.compile("head|group|dim|channel|layer|block|index|idx", re.IGNORECASE)  # numbers equal to n by chance
 _NAMES = "cdefghijkl"
 
@@ -292,9 +292,13 @@ class _Trial:
         groups = [paths for paths in together.values()]
         apart = [[path] for path in options if options[path]]
         rounds = [groups] if len(groups) == len(apart) else [groups, apart]
-        plain = itertools.chain.from_iterable(_combinations(r, options) for r in rounds)
-        for moved in itertools.islice(plain, MAX_TRIALS):
-            yield self._complete({own: pattern} | moved, samples, batch)
+        tried: set[frozenset[tuple[str, str]]] = set()
+        for likely in _by_likelihood(options):
+            sets = itertools.chain.from_iterable(_combinations(r, likely) for r in rounds)
+            for moved in itertools.islice(sets, MAX_TRIALS):
+                if frozenset(moved.items()) not in tried:
+                    tried.add(frozenset(moved.items()))
+                    yield self._complete({own: pattern} | moved, samples, batch)
 
     def _prefixes(self, tokens: int) -> set[int]:
         """Return the lengths a prefix or suffix may have: the sizes seen anywhere in the arguments."""
@@ -311,6 +315,20 @@ class _Trial:
             if path not in moved
         }
         return moved | {path: words for path, words in rest.items() if "b" in words.split()}
+
+
+def _by_likelihood(options: dict[str, list[str]]) -> Iterator[dict[str, list[str]]]:
+    """Yield the options of each argument in four rounds, from the likely ones to all.
+
+    Plain tokens come before tokens with a prefix or suffix, and patterns that leave the batch axis to the batch before those that take it.
+    """
+    plain = {"n", "n-m"}
+    for words, with_batch in ((plain, True), (plain, False), (set(TOKEN_WORDS), True), (set(TOKEN_WORDS), False)):
+        likely = {}
+        for path, found in options.items():
+            fitting = [o for o in found if words >= set(o.split()) & set(TOKEN_WORDS) and (not with_batch or o[0] != "z")]
+            likely[path] = [o for o in fitting if with_batch and "b" in o.split()] or fitting
+        yield likely
 
 
 def _combinations(groups: list[list[str]], options: dict[str, list[str]]) -> Iterator[dict[str, str]]:

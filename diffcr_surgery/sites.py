@@ -92,8 +92,7 @@ def site_calls(recording: Recording, hints: Mapping[tuple[str, int], dict[str, s
         calls.append(SiteCall(flow.calls[node], block.path, occurrence, found, staying, bool(outside)))
     names = [node.name for node in flow.graph.nodes if node.op == "placeholder"]
     recording.pinned = {names.index(node.name): node.meta["content"].clone() for node in lineage.pinned}
-    recording.samples.clear()
-    recording.flow = None
+    recording.forget_proof()
     return calls
 
 

@@ -56,7 +56,12 @@ class Trace:
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Answer as ``model.forward(*args, **kwargs)`` would, bit for bit, from a graph; another key records anew."""
         call = bind_call(self._model.forward, args, kwargs)
-        return self._recordings.answer(self._model, call, self._model.forward, lambda recording: recording.run(self._model, call.tensors))
+
+        def use(recording: Recording) -> Any:
+            recording.forget_proof()
+            return recording.run(self._model, call.tensors)
+
+        return self._recordings.answer(self._model, call, self._model.forward, use)
 
     def __len__(self) -> int:
         """Return the number of graphs recorded so far."""

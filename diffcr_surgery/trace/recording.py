@@ -111,6 +111,11 @@ class Recording:
         self._run = compile_graph(self.graph)
         self.guarded = any(node.target is expect for node in self.graph.nodes)
 
+    def forget_proof(self) -> None:
+        """Let go of what only a proof needs: block arguments and index contents of the recorded run."""
+        self.samples.clear()
+        self.flow = None
+
     def fits(self, call: Call) -> bool:
         """Tell whether the model is in the recorded state, and inputs that were pinned are what they were."""
         pinned = all(torch.equal(call.tensors[index], content) for index, content in self.pinned.items())

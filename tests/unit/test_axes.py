@@ -22,6 +22,7 @@ from diffcr_surgery.errors import PatternError, SurgeryError
         ("b 1 n n", (2, 3), 0),
         ("1 1 n n", (2, 3), 0),
         ("b m+n m+n", (1, 2), 0),
+        ("1 n-m d", (1,), 0),
         ("1 b n", (2,), 1),  # a named batch comes before a leading 1
         ("b d", (), 0),
         ("b", (), 0),

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from diffcr_surgery.rewrite.ops import _device_of, blend, blend_weight, checkpointed, gate_update, take_scores, without_random_trace
+from diffcr_surgery.rewrite.ops import (
+    _device_of,
+    blend,
+    blend_weight,
+    checkpointed,
+    gate_update,
+    hold_scores,
+    named_item,
+    take_scores,
+    without_random_trace,
+)
 
 GATES = ("doubled_sigmoid", "straight_through", "sigmoid")
 FACTOR = {"doubled_sigmoid": lambda s: 2 * s, "straight_through": torch.ones_like, "sigmoid": lambda s: s}
@@ -49,6 +61,23 @@ def test_gate_of_one_is_exact(gate: str, score: float, dtype: torch.dtype) -> No
     if dtype != torch.float64:
         assert not torch.equal(tokens + (processed - tokens), processed)
     assert torch.equal(gate_update(tokens, processed, torch.full((2, 500), score), gate, "b n c"), processed)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_no_gate_scales_tokens_that_stay(gate: str) -> None:
+    tokens, processed, scores = torch.randn(2, 5, 4), torch.randn(2, 5, 4), torch.rand(2, 5)
+    staying = torch.tensor([[True, False, False, True, False]])
+    got = gate_update(tokens, processed, hold_scores(scores, staying, gate), gate, "b n c")
+    free = gate_update(tokens, processed, scores, gate, "b n c")
+    assert torch.equal(got[:, [0, 3]], processed[:, [0, 3]]) and torch.equal(got[:, [1, 2, 4]], free[:, [1, 2, 4]])
+
+
+def test_items_are_taken_by_name_from_dataclasses_and_dicts() -> None:
+    @dataclass
+    class Output:
+        sample: int
+
+    assert (named_item(Output(3), "sample"), named_item({"sample": 4}, "sample")) == (3, 4)
 
 
 @pytest.mark.parametrize("pattern", LAYOUTS)

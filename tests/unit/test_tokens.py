@@ -15,7 +15,16 @@ from torch import Tensor
 
 from diffcr_surgery.config import DEFAULT_BINS
 from diffcr_surgery.errors import AlignmentError
-from diffcr_surgery.tokens import gather_tokens, keep_tokens, kept_count, per_sample, rank_tokens, scatter_tokens
+from diffcr_surgery.tokens import (
+    gather_tokens,
+    keep_tokens,
+    kept_count,
+    per_sample,
+    rank_tokens,
+    scatter_tokens,
+    staying_count,
+    staying_tokens,
+)
 
 BATCHED = (
     "b n c",
@@ -110,6 +119,34 @@ def test_kept_sets_are_nested(batch: int, tokens: int, seed: int) -> None:
         assert torch.equal(kept[:, :-1], keep_tokens(order, count - 1))
         dropped = scores.scatter(1, kept, -1.0).amax(1)
         assert (scores.gather(1, kept).amin(1) >= dropped).all()
+
+
+# --- tokens that stay ------------------------------------------------------------------------------------------------
+@given(st.integers(1, 3), st.integers(2, 10), st.integers(0, 4), st.sampled_from([0.0, 0.3, 0.5, 0.9]), st.integers(0, 99))
+def test_tokens_that_stay_are_kept_and_stand_where_they_stood(batch: int, moving: int, stay: int, ratio: float, seed: int) -> None:
+    source = torch.Generator().manual_seed(seed)
+    tokens = moving + stay
+    places = [sorted(torch.randperm(tokens, generator=source)[:stay].tolist()) for _ in range(batch)]
+    spans = tuple(tuple((place, place + 1) for place in row) for row in places)
+    scores = torch.rand(batch, tokens, generator=source)
+    mask = staying_tokens(scores, spans)
+    assert mask.sum(1).tolist() == [stay] * batch and staying_count(spans) == stay
+    kept = keep_tokens(rank_tokens(scores, mask), kept_count(ratio, tokens, stay), in_order=True)
+    assert kept.shape[1] == stay + kept_count(ratio, moving)
+    for row, held in zip(kept.tolist(), places, strict=True):
+        assert row == sorted(set(row)) and set(held) <= set(row)
+
+
+def test_one_mask_serves_all_samples_where_text_has_one_place() -> None:
+    assert staying_tokens(torch.rand(4, 5), (((0, 2),),)).tolist() == [[True, True, False, False, False]]
+    assert staying_tokens(torch.rand(2, 3), (((0, 1),), ())).tolist() == [[True, False, False], [False, False, False]]
+
+
+def test_a_table_without_the_prefix_is_gathered_behind_it() -> None:
+    table, kept = torch.arange(6.0).reshape(3, 2), torch.tensor([[0, 1, 2, 4]])  # two tokens stay, then three that may bypass
+    assert torch.equal(gather_tokens(table, kept, "n-m c", 5), table[[0, 2]])
+    with pytest.raises(AlignmentError, match="does not fit the axes 'n-m c' with n = 2"):
+        gather_tokens(table, kept, "n-m c", 2)
 
 
 # --- gather ----------------------------------------------------------------------------------------------------------

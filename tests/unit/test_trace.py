@@ -297,6 +297,13 @@ def test_graph_keeps_no_activation_alive():
     assert recorded.graph
 
 
+def test_a_trace_that_runs_lets_go_of_what_only_a_proof_needs():
+    recorded = trace(Root(lambda self, x, other: self.block(x)), (x(),))
+    assert recorded.recording.samples and recorded.recording.flow
+    recorded.run(x())
+    assert not recorded.recording.samples and recorded.recording.flow is None
+
+
 @pytest.mark.parametrize(
     ("inputs", "text"),
     [((), "do not fit"), ({"y": torch.ones(1)}, "do not fit"), (None, "NoneType"), ((1, 2), "hold no tensor")],

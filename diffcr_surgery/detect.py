@@ -187,7 +187,7 @@ class Lineage:
 
 
 def residual_after(output: fx.Node, stream: fx.Node, blocks: Container[fx.Node]) -> bool | None:
-    """Tell whether a block's output is added to the stream it came from, as in ``x + gate * block(norm(x))`` or ``x + a(y) + b(y)``.
+    """Tell whether a block's output is added to the stream it came from, as in ``x + gate * block(norm(x))`` or ``x + (a(y) + b(y))``.
 
     Args:
         output: Node of the block's output that continues the stream, in the flow of the recording.
@@ -205,7 +205,8 @@ def residual_after(output: fx.Node, stream: fx.Node, blocks: Container[fx.Node])
             return True
         if _name(user) == "addcmul" and user.args[0] is not here and _holds(user.all_input_nodes[0], sources):
             return True
-        if not (_name(user) == "mul" or (_name(user) in _KEEPS_ZERO and user.args[0] is here)):
+        sums_or_scales = _name(user) in ("add", "iadd", "radd", "mul")  # with other updates, perhaps, on the way to the stream
+        if not (sums_or_scales or (_name(user) in _KEEPS_ZERO and user.args[0] is here)):
             break
         here = user
     return None if _meets(output, sources, blocks) else False

@@ -44,7 +44,8 @@ class Alignment:
         tokens: n in the arguments the proof was run on.
         error: Largest error of the proof relative to the output's spread.
         trials: Number of block calls the search took.
-        counts: Path of each whole number that counts tokens -> ``"n"`` (those that may bypass) or ``"m+n"`` (all).
+        counts: Path of each whole number that counts tokens -> ``"n"`` (those that may bypass) or ``"m+n"`` (all); and of each flag
+            that says a mask is causal -> ``"off"``.
         overwrites: Whether the block writes into the stream it is given.
     """
 
@@ -61,9 +62,9 @@ class Alignment:
 
     @property
     def aligned(self) -> dict[str, str]:
-        """Argument path -> axis pattern of the arguments that move with the tokens, and ``"#n"`` for a number that counts them."""
+        """Argument path -> axis pattern of what moves with the tokens; ``"#n"`` for a number that counts them, ``"off"`` for a flag."""
         moved = {path: pattern for path, pattern in self.axes.items() if parse_axes(pattern).tokens}
-        return moved | {path: f"#{word}" for path, word in self.counts.items()}
+        return moved | {path: word if word == "off" else f"#{word}" for path, word in self.counts.items()}
 
 
 def align_block(
@@ -202,7 +203,7 @@ class _Trial:
         not concern the tokens would break the block, or change nothing.
         """
         total, most = moving.shape[1], int(moving.sum(1).max())
-        found: dict[str, str] = {}
+        found = {name: "off" for name, (path, _) in self.numbers.items() if path in self.subject.off}
         for name, (path, value) in self.numbers.items():
             if type(value) is not int or value not in (most, total) or _COUNTS_OTHERS.search(name):
                 continue

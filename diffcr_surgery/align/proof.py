@@ -42,6 +42,7 @@ class Subject:
         outputs: Path of each output tensor (``""`` for a lone one).
         read: Indices of the outputs that are used.
         overwritten: Indices of the arguments the block writes into.
+        off: Paths of flags that say a mask is causal: true of tokens in order alone, so the mask has to speak for itself.
     """
 
     block: Callable[..., Any]
@@ -52,11 +53,14 @@ class Subject:
     outputs: list[str]
     read: list[int]
     overwritten: set[int]
+    off: dict[str, bool]
 
     @classmethod
     def prepare(cls, block: nn.Module, args: Any, kwargs: Any, unread: frozenset[str] = frozenset()) -> Subject:
         """Copy and shake ``block`` and its arguments; single precision where the block can, else its own."""
         paths, tensors, template = flatten((args, kwargs))
+        off = _causal_flags(block, template, tensors)
+        template = map_leaves(template, lambda path, leaf: off.get(path, leaf))
         failure: Exception | None = None
         for upcast, shake in ((True, True), (False, True), (True, False), (False, False)):
             twin = _shaken_copy(block, upcast)
@@ -70,7 +74,7 @@ class Subject:
             read = [i for i, path in enumerate(outputs) if path not in unread]
             if all(bool(baseline[i].isfinite().all()) for i in read if baseline[i].is_floating_point()):
                 written = {i for i, (t, before) in enumerate(zip(given, trial, strict=True)) if not torch.equal(t, before)}
-                return cls(twin, trial, template, paths, [t.clone() for t in baseline], outputs, read, written)
+                return cls(twin, trial, template, paths, [t.clone() for t in baseline], outputs, read, written, off)
         raise RuntimeError(f"it cannot be run on its own: {failure or 'its output is not finite'}")
 
     def error(self, patterns: dict[str, str], stream: int, outputs: Sequence[int], moving: Tensor, pattern_out: str) -> float:
@@ -125,6 +129,20 @@ class Subject:
             for path, t in zip(self.paths, self.tensors, strict=True)
         ]
         return _call(self.block, template, [t.clone() for t in gathered])[1]
+
+
+def _causal_flags(block: nn.Module, template: Any, tensors: list[Tensor]) -> dict[str, bool]:
+    """Return the flags that say of a mask that it is causal, switched off, if the mask then does the same by itself."""
+    found: dict[str, bool] = {}
+    map_leaves(template, lambda path, leaf: found.update({path: False}) if leaf is True and path.endswith("is_causal") else None)
+    if not found:
+        return {}
+    twin = copy.deepcopy(block).eval()
+    without = map_leaves(template, lambda path, leaf: found.get(path, leaf))
+    _, flagged = _call(twin, template, [t.clone() for t in tensors])
+    _, masked = _call(twin, without, [t.clone() for t in tensors])
+    same = all(_gap(a, b) <= tolerance(a.dtype) for a, b in zip(masked, flagged, strict=True))
+    return found if same else {}
 
 
 def needs_samples(patterns: dict[str, str], samples: int) -> bool:

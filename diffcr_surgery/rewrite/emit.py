@@ -197,14 +197,14 @@ class _Site:
 
     def _run_kept(self, kept: fx.Node, tokens: fx.Node, second: bool, count: int) -> dict[int | str | None, fx.Node]:
         call, graph = self.call, self.graph
-        sizes = {"n": count - staying_count(call.staying), "m+n": count}
+        sizes = {"n": count - staying_count(call.staying), "m+n": count, "off": False}
         arguments = map_leaves(self.arguments, lambda path, leaf: sizes[call.counts[path]] if path in call.counts else leaf)
         if needs_samples(call.axes, call.samples):
             block = graph.get_attr(call.path)
             inner: tuple[Any, ...] = (block, *arguments, call.axes, kept, call.tokens, parse_axes(call.pattern).batch or 0)
             target: Any = per_sample
             if second and call.random:
-                inner, target = (per_sample, inner, {}), ops.without_random_trace
+                target = ops.per_sample_without_random_trace
             return self._items(_named(graph, f"block_{call.index}", target, inner))
 
         def gather(path: str, leaf: Any) -> Any:

@@ -11,10 +11,21 @@ from torch import Tensor
 
 from diffcr_surgery._tree import flatten, is_dataclass_value
 from diffcr_surgery.axes import parse_axes
+from diffcr_surgery.tokens import per_sample
 from diffcr_surgery.trace.recorder import rng_state
 from diffcr_surgery.trace.recording import set_rng_state
 
-__all__ = ["blend", "blend_weight", "checkpointed", "gate_update", "hold_scores", "named_item", "take_scores", "without_random_trace"]
+__all__ = [
+    "blend",
+    "blend_weight",
+    "checkpointed",
+    "gate_update",
+    "hold_scores",
+    "named_item",
+    "per_sample_without_random_trace",
+    "take_scores",
+    "without_random_trace",
+]
 
 
 def named_item(output: Any, name: str) -> Any:
@@ -112,6 +123,11 @@ def without_random_trace(block: Callable[..., Any], args: Any, kwargs: Any) -> A
         return block(*args, **kwargs)
     finally:
         set_rng_state(state, device)
+
+
+def per_sample_without_random_trace(*arguments: Any) -> Any:
+    """Do :func:`per_sample`, and leave the random state as if it had not run."""
+    return without_random_trace(per_sample, arguments, {})
 
 
 def _device_of(arguments: Any) -> torch.device:

@@ -121,6 +121,10 @@ class Lineage:
         }
         return {path: mark.any(-1) for path, mark in found.items() if isinstance(mark, torch.Tensor) and mark.ndim > 1 and mark.any()}
 
+    def carries(self, node: fx.Node) -> bool:
+        """Tell whether anything in a node's value stems from the latent."""
+        return _any(self._marks.get(node))
+
     def settle(self, node: fx.Node, stream: fx.Node, output_path: str) -> None:
         """Take in a routed block: only the output that continues its stream carries the latent, token by token as it came."""
         head = output_path.split(".")[0]
@@ -142,12 +146,12 @@ class Lineage:
     def _mark(self, node: fx.Node, value: bool, mark: torch.Tensor | None = None) -> None:
         shape = node.meta.get("shape")
         if shape is not None:
-            self._marks[node] = torch.full((), value).expand(shape) if mark is None else mark
+            self._marks[node] = _uniform(value, shape) if mark is None else mark
 
     def _through(self, node: fx.Node) -> Any:
         sources = [self._marks[source] for source in node.all_input_nodes if _any(self._marks.get(source))]
         if not sources:
-            return None if "shape" not in node.meta else torch.zeros((), dtype=torch.bool).expand(node.meta["shape"])
+            return None if "shape" not in node.meta else _uniform(False, node.meta["shape"])
         owner: Any = node.args[0] if node.args else None
         if node.target in (operator.getitem, getattr) and isinstance(self._marks.get(owner), _Spread):
             return _joined(node, self._marks[owner].sources)
@@ -174,7 +178,7 @@ class Lineage:
         args: Any = fx.map_arg(node.args, mark)
         kwargs: Any = fx.map_arg(node.kwargs, mark)
         target: Any = node.target
-        if _writes(node):
+        if _writes(node) and 0 in args[0].stride():  # one entry stands for many; else a write through a view reaches its base, as it should
             args = (args[0].clone(), *args[1:])
         made = getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs)
         if node.target is operator.setitem:
@@ -183,21 +187,28 @@ class Lineage:
         elif isinstance(made, torch.Tensor) and (tuple(made.shape) != tuple(node.meta["shape"]) or made.dtype != torch.bool):
             raise LookupError(node)
         self.pinned |= pins
-        return made
+        return _compact(made)
 
 
-def residual_after(output: fx.Node, stream: fx.Node, blocks: Container[fx.Node]) -> bool | None:
+def residual_after(output: fx.Node, stream: fx.Node, blocks: Container[fx.Node], lineage: Lineage) -> bool | None:
     """Tell whether a block's output is added to the stream it came from, as in ``x + gate * block(norm(x))`` or ``x + (a(y) + b(y))``.
 
     Args:
         output: Node of the block's output that continues the stream, in the flow of the recording.
         stream: Node of the stream that entered.
         blocks: The block calls.
+        lineage: What stems from the latent, so far.
 
     Returns:
-        ``None`` if the two meet in a way that an update of zero would not leave the stream as it was.
+        ``None`` if the two meet in a way that an update of zero might not leave the stream as it was.
     """
-    sources = _same_shape_ancestors(stream, blocks)
+    sources: set[fx.Node] = set()
+    waiting = [stream]
+    while waiting:  # back to what the stream was made from, as far as no block lies between
+        node = waiting.pop()
+        if node not in sources and lineage.carries(node):
+            sources.add(node)
+            waiting += [] if node in blocks else node.all_input_nodes
     here = output
     while len(here.users) == 1:
         (user,) = here.users
@@ -214,10 +225,10 @@ def residual_after(output: fx.Node, stream: fx.Node, blocks: Container[fx.Node])
 
 def _meets(output: fx.Node, sources: set[fx.Node], blocks: Container[fx.Node]) -> bool:
     """Tell whether what a block made comes together with the stream it came from before the next block."""
-    shape, seen, waiting = output.meta["shape"], {output}, list(output.users)
+    seen, waiting = {output}, list(output.users)
     while waiting:
         node = waiting.pop()
-        if node in seen or node in blocks or node.meta.get("shape") != shape:
+        if node in seen or node in blocks:
             continue
         seen.add(node)
         if any(_holds(other, sources) for other in node.all_input_nodes if other not in seen):
@@ -231,19 +242,12 @@ def _holds(node: fx.Node, sources: set[fx.Node]) -> bool:
     return node in sources or (_name(node) in ("add", "iadd") and any(_holds(other, sources) for other in node.all_input_nodes))
 
 
-_KEEPS_ZERO = frozenset("imul to type float half bfloat16 contiguous clone dropout".split())
-
-
-def _same_shape_ancestors(stream: fx.Node, blocks: Container[fx.Node]) -> set[fx.Node]:
-    """Return the stream and what it was made from, as far back as the shape stays and no block lies between."""
-    found: set[fx.Node] = set()
-    waiting = [stream]
-    while waiting:
-        node = waiting.pop()
-        if node not in found and node.meta.get("shape") == stream.meta["shape"]:
-            found.add(node)
-            waiting += [] if node in blocks else node.all_input_nodes
-    return found
+_KEEPS_ZERO = frozenset(
+    """
+    imul div to type float half bfloat16 contiguous clone dropout getitem view reshape flatten unflatten permute transpose movedim
+    squeeze unsqueeze narrow
+    """.split()
+)
 
 
 def _name(node: fx.Node) -> str:
@@ -304,21 +308,36 @@ def _any(mark: Any) -> bool:
     return any(map(_any, mark)) if isinstance(mark, (tuple, list)) else False
 
 
+def _uniform(value: bool, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.full((), value, device="cpu").expand(shape)
+
+
+def _compact(mark: Any) -> Any:
+    """Let one entry stand for all channels of a large mark that tells none from another: marks are as large as activations otherwise."""
+    if isinstance(mark, torch.Tensor) and mark.numel() > 1 << 20 and mark.stride(-1) != 0 and bool((mark == mark[..., :1]).all()):
+        return mark[..., :1].clone().expand(mark.shape)
+    return mark
+
+
 def _joined(node: fx.Node, sources: list[torch.Tensor]) -> Any:
     """Join marks entry by entry where shapes broadcast, else token by token; a function that does neither spreads the latent everywhere."""
     shape = node.meta.get("shape")
     if shape is None:
         return _Spread(sources)
-    made = torch.zeros(shape, dtype=torch.bool)
+    if not shape:
+        return _uniform(any(map(_any, sources)), shape)
+    narrow = all(mark.ndim and (mark.shape[-1] == 1 or mark.stride(-1) == 0) for mark in sources)
+    made = torch.zeros((*shape[:-1], 1) if narrow else shape, dtype=torch.bool, device="cpu")
     for mark in sources:
+        tokens = mark[..., :1] if narrow else mark
         try:
-            made |= mark
+            made |= tokens
         except RuntimeError:
             if len(shape) > 1 and mark.shape[:-1] == tuple(shape)[:-1]:
                 made |= mark.any(-1, keepdim=True)
             else:
-                made.fill_(True)
-    return made
+                return _uniform(True, shape)
+    return _compact(made.expand(shape) if narrow else made)
 
 
 def _runs(row: list[bool]) -> tuple[tuple[int, int], ...]:

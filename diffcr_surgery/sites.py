@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from diffcr_surgery._tree import Leaf, map_leaves
-from diffcr_surgery.align import Alignment, adds_only, align_block
+from diffcr_surgery.align import Alignment, align_block, has_no_residual
 from diffcr_surgery.axes import parse_axes
 from diffcr_surgery.detect import Lineage, latent_inputs, named_leaves, residual_after, spans
 from diffcr_surgery.errors import PatternError, SurgeryError
@@ -58,7 +58,7 @@ def site_calls(recording: Recording, hints: Mapping[tuple[str, int], dict[str, s
         raise SurgeryError("This recording was aligned before; record the model anew.")
     lineage = Lineage(latent_inputs(flow.graph))
     proven: dict[tuple[Hashable, ...], Alignment] = {}
-    lone: dict[tuple[Hashable, ...], bool] = {}
+    lone: dict[tuple[Hashable, ...], bool | None] = {}
     seen: dict[str, int] = {}
     calls: list[SiteCall] = []
     for node in flow.graph.nodes:
@@ -80,11 +80,12 @@ def site_calls(recording: Recording, hints: Mapping[tuple[str, int], dict[str, s
             continue
         stream = named_leaves(block.module, node.args, node.kwargs, fx.Node)[found.stream][1]
         output = _continuation(node, found.output)
-        outside = residual_after(output, stream, flow.calls) if output is not None else False
+        outside = residual_after(output, stream, flow.calls, lineage) if output is not None else False
         if outside is not False or block.half:
             if key not in lone:
-                lone[key] = adds_only(recording.samples[block.kind], found)
-            outside = (outside or None) if lone[key] else False
+                lone[key] = has_no_residual(recording.samples[block.kind], found)
+            undecided = lone[key] is None or (lone[key] and not outside)
+            outside = None if undecided else bool(lone[key])
         staying = spans(streams[found.stream], parse_axes(found.axes[found.stream]).batch)
         if outside is None:
             found = dataclasses.replace(found, routable=False, reason=_NO_RESIDUAL)

@@ -50,6 +50,8 @@ def kept_count(ratio: float, tokens: int, staying: int = 0) -> int:
         (3, 1, 5, 8)
     """
     moving = tokens - staying
+    if moving < 1:
+        return tokens
     return staying + max(1, min(moving, math.ceil((1.0 - ratio) * moving - _ROUNDING)))
 
 

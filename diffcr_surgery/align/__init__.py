@@ -24,7 +24,7 @@ from diffcr_surgery.detect import named_leaves
 from diffcr_surgery.tokens import keep_tokens, kept_count, rank_tokens
 from diffcr_surgery.trace.recording import BlockSample
 
-__all__ = ["Alignment", "adds_only", "align_block"]
+__all__ = ["Alignment", "align_block", "has_no_residual"]
 
 MAX_TRIALS = 600  # a round; reached only where many lengths are alike
 _COUNTS_OTHERS = re.compile("head|group|dim|channel|layer|block|index|idx", re.IGNORECASE)  # numbers equal to n by chance
@@ -41,7 +41,7 @@ class Alignment:
         stream: Path of the stream argument, by the names of the block's forward.
         output: Path of the output that continues it (``""`` for a lone one).
         axes: Argument path -> axis pattern, for every argument that moves, and ``"b"`` for what is batched besides.
-        tokens: n in the arguments the proof was run on.
+        tokens: Length of the stream's token axis in the arguments the proof was run on; 1 if a single token left nothing to prove.
         error: Largest error of the proof relative to the output's spread.
         trials: Number of block calls the search took.
         counts: Path of each whole number that counts tokens -> ``"n"`` (those that may bypass) or ``"m+n"`` (all); and of each flag
@@ -106,11 +106,15 @@ def align_block(
             return found
     if search:
         trial.several = next(filter(None, (trial.moves_several(stream, streams[stream]) for stream in candidates)), [])
-    return Alignment(False, trial.verdict(), error=trial.best, trials=trial.count)
+    tokens = 1 if trial.single and trial.best == float("inf") else 0
+    return Alignment(False, trial.verdict(), tokens=tokens, error=trial.best, trials=trial.count)
 
 
-def adds_only(sample: BlockSample, found: Alignment) -> bool:
-    """Tell whether a block has no residual of its own: with its linear maps at zero, its stream comes out as zeros."""
+def has_no_residual(sample: BlockSample, found: Alignment) -> bool | None:
+    """Tell whether a block has no residual of its own: with its linear maps at zero, its stream comes out as zeros.
+
+    ``None`` if zero weights make no sense of it, as a weight norm does that divides by them.
+    """
     twin = copy.deepcopy(sample.module).eval()
     for name, weight in twin.named_parameters():
         # Norms keep their scale: one that stands after the residual would hide it otherwise.
@@ -118,7 +122,8 @@ def adds_only(sample: BlockSample, found: Alignment) -> bool:
     with torch.no_grad():
         copies = map_leaves((sample.args, sample.kwargs), lambda _, leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
         paths, outputs, _ = flatten(twin(*copies[0], **copies[1]))
-    return not bool(outputs[paths.index(found.output)].any())
+    stream = outputs[paths.index(found.output)]
+    return not bool(stream.any()) if bool(stream.isfinite().all()) else None
 
 
 class _Trial:
@@ -133,6 +138,7 @@ class _Trial:
         self.best = float("inf")
         self.complaint = ""
         self.several: list[str] = []
+        self.single: str | None = None
 
     def verdict(self) -> str:
         if self.several:
@@ -163,6 +169,10 @@ class _Trial:
                 continue  # any block is equivariant along its batch; tokens are what it mixes
             if int(moving.sum(1).max()) < 2:
                 self.complaint = "its stream holds a single token that stems from the latent; a proof takes at least two"
+                self.single = stream
+                continue
+            if int(moving.sum(1).min()) < 1:
+                self.complaint = "the stream of a sample holds no token that stems from the latent"
                 continue
             for assignment in self._assignments(index, pattern, moving, hint, search):
                 error = self._error(assignment, index, output, moving, pattern)
@@ -199,8 +209,8 @@ class _Trial:
     def _counts(self, patterns: dict[str, str], stream: int, output: int, moving: Tensor, pattern: str) -> dict[str, str]:
         """Return the whole numbers among the arguments that have to follow the number of tokens.
 
-        Such a number equals it, and the block, run on fewer tokens, gives something else when the number follows; a number that does
-        not concern the tokens would break the block, or change nothing.
+        Such a number equals it, and the block takes its tokens for a set with that number alone: with one less, a token is treated
+        unlike the others.
         """
         total, most = moving.shape[1], int(moving.sum(1).max())
         found = {name: "off" for name, (path, _) in self.numbers.items() if path in self.subject.off}
@@ -210,13 +220,13 @@ class _Trial:
             word = "m+n" if value == total and most < total else "n"
             kept = self._half(stream, moving)
             follows = kept.shape[1] - (total - most if word == "n" else 0)
-            self.count += 2
+            self.count += 3
             try:
-                changed = self.subject.run(patterns, kept, total, pattern, {path: follows})[output]
-                plain = self.subject.run(patterns, kept, total, pattern)[output]
+                still_a_set = self.subject.error(patterns, stream, [output], moving, pattern, {path: value - 1}) <= self._tolerance()
+                shape = self.subject.run(patterns, kept, total, pattern, {path: follows})[output].shape
             except Exception:  # a number of heads, say, that happens to equal the number of tokens
                 continue
-            if changed.shape == plain.shape and not torch.equal(changed, plain):
+            if not still_a_set and shape == self.subject.run(patterns, kept, total, pattern)[output].shape:
                 found[name] = word
         return found
 

@@ -77,7 +77,15 @@ class Subject:
                 return cls(twin, trial, template, paths, [t.clone() for t in baseline], outputs, read, written, off)
         raise RuntimeError(f"it cannot be run on its own: {failure or 'its output is not finite'}")
 
-    def error(self, patterns: dict[str, str], stream: int, outputs: Sequence[int], moving: Tensor, pattern_out: str) -> float:
+    def error(
+        self,
+        patterns: dict[str, str],
+        stream: int,
+        outputs: Sequence[int],
+        moving: Tensor,
+        pattern_out: str,
+        counts: dict[str, int] | None = None,
+    ) -> float:
         """Return the largest relative error of equivariance under a random permutation of the moving tokens, another for each sample.
 
         Args:
@@ -86,6 +94,7 @@ class Subject:
             outputs: Indices of the outputs that have to be permuted; all others have to stay.
             moving: Which tokens are permuted, ``b n``; the others stay in their places.
             pattern_out: Axis pattern of those outputs.
+            counts: Path -> another value for a number among the arguments.
         """
         source = generator(0)
         tokens = moving.shape[1]
@@ -94,8 +103,10 @@ class Subject:
             places = mark.nonzero().flatten()
             row[places] = places[torch.randperm(len(places), generator=source)]
         order = order.to(self.tensors[stream].device)
-        moved = self.run(patterns, order, tokens, pattern_out)
-        wanted = [gather_tokens(t, order, pattern_out, tokens) if i in outputs else t for i, t in enumerate(self.baseline)]
+        moved = self.run(patterns, order, tokens, pattern_out, counts)
+        plain = torch.arange(tokens, device=order.device).expand_as(order)
+        baseline = self.baseline if counts is None else self.run(patterns, plain, tokens, pattern_out, counts)
+        wanted = [gather_tokens(t, order, pattern_out, tokens) if i in outputs else t for i, t in enumerate(baseline)]
         if any(moved[i].shape != wanted[i].shape for i in self.read):
             return float("inf")
         return max(_gap(moved[i], wanted[i]) for i in self.read)

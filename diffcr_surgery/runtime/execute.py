@@ -58,7 +58,7 @@ def _aligned(recording: Recording, plan: SurgeryPlan) -> dict[Any, RoutedCall]:
         if (call.path, call.occurrence) not in rows:
             continue
         row, site = rows[call.path, call.occurrence]
-        if not call.alignment.routable and _single_token(recording, call.node):
+        if not call.alignment.routable and call.alignment.tokens == 1:
             continue  # one token is always kept, so there is nothing to route
         if not call.alignment.routable:
             raise AlignmentError(
@@ -68,11 +68,6 @@ def _aligned(recording: Recording, plan: SurgeryPlan) -> dict[Any, RoutedCall]:
             )
         routed[call.node] = routed_call(recording, call, row, plan.config.gate)
     return routed
-
-
-def _single_token(recording: Recording, node: Any) -> bool:
-    shapes = [source.meta.get("shape", ()) for source in node.all_input_nodes]
-    return any(len(shape) == 3 and 1 in shape[:2] for shape in shapes)
 
 
 def answer(model: torch.nn.Module, state: DiffCRState, call: Call, forward: Callable[..., Any]) -> Any:

@@ -62,6 +62,17 @@ class DiffCRState(nn.Module):
         self.ratio_table = nn.Parameter(torch.full(shape, float(self.config.initial_ratio)), requires_grad=self.config.learn_ratios)
         self._rounded: tuple[tuple[float, ...], Tensor] | None = None
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse to be run as a layer.
+
+        Raises:
+            ConversionError: Always.
+        """
+        raise ConversionError(
+            f"The forward of {self.plan.model_class} runs over all of its children, and now over model.diffcr too, which is no layer. Let "
+            "it hold its layers in a ModuleList or Sequential of their own, and convert it then."
+        )
+
     @property
     def config(self) -> DiffCRConfig:
         """Settings of the conversion."""

@@ -174,8 +174,9 @@ class Recordings:
             if recording is not None:
                 return recording[0]
             made = record(model, call, forward)
+            result = use(made)  # under the lock: what is derived from a recording is made once, before others see it
             self._store(key, made)
-        return use(made)
+        return result
 
     def _try(self, key: Hashable, model: torch.nn.Module, call: Call, use: Callable[[Recording], T]) -> tuple[T] | None:
         for recording in self._valid(key, call):

@@ -93,6 +93,12 @@ def written_into_zeros(self: Denoiser, x: Tensor, text: Tensor, _: Any) -> Tenso
     return self.through(y)[:, text.shape[1] :]
 
 
+def written_through_a_view(self: Denoiser, x: Tensor, text: Tensor, _: Any) -> Tensor:
+    y = self.embed(torch.cat([x[:, : text.shape[1]], x], 1))
+    y[:, : text.shape[1]].copy_(text)
+    return self.through(y)[:, text.shape[1] :]
+
+
 def padded(self: Denoiser, x: Tensor, text: Tensor, _: Any) -> Tensor:
     y = functional.pad(x.transpose(1, 2), (0, text.shape[1])).transpose(1, 2)
     return self.through(y)[:, : x.shape[1]]
@@ -114,6 +120,7 @@ WAYS: dict[Forward, int] = {
     text_last: TEXT,
     registers_around: 3,
     written_into_zeros: TEXT,
+    written_through_a_view: TEXT,
     padded: TEXT,
     parted_and_joined_again: TEXT,
     joined_in_a_module: TEXT,
@@ -245,6 +252,44 @@ def test_a_skip_beside_a_block_with_a_residual_of_its_own_is_no_residual(inside:
     assert [call.outside for call in model_calls(model)] == [not inside] * 2
 
 
+def text_joined_for_the_block_alone(self: Denoiser, x: Tensor, text: Tensor, _: Any) -> Tensor:
+    for block in self.blocks:
+        x = x + block(torch.cat([text, x], 1))[:, text.shape[1] :]
+    return x
+
+
+def flattened_for_the_block_alone(self: Denoiser, x: Tensor, _: Any, __: Any) -> Tensor:
+    for block in self.blocks:
+        x = x + block(x.flatten(1, 2)).view(x.shape)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("forward", "inputs"), [(text_joined_for_the_block_alone, (X, WORDS)), (flattened_for_the_block_alone, (draw(2, 3, 4, WIDTH),))]
+)
+def test_an_update_of_nothing_is_nothing_wherever_it_is_added(forward: Forward, inputs: tuple[Tensor, ...]) -> None:
+    """Blocks that give zeros: routed or not, the model returns its input."""
+    model = Denoiser(forward, lambda: Block(residual=False))
+    for block in model.blocks:
+        block.qkv.weight.data[-WIDTH:] = block.qkv.bias.data[-WIDTH:] = 0.0  # type: ignore[union-attr]
+        block.mlp[-1].weight.data.zero_(), block.mlp[-1].bias.data.zero_()  # type: ignore[index,union-attr]
+    dcs.convert_(model, inputs, dcs.DiffCRConfig(initial_ratio=0.5, learn_ratios=False))
+    with torch.no_grad():
+        assert torch.equal(model(*inputs), inputs[0])
+
+
+def test_a_block_whose_residual_cannot_be_told_stays_dense() -> None:
+    """Zero weights under a weight norm are 0/0."""
+
+    def normed() -> nn.Module:
+        block = Block(residual=False)
+        nn.utils.parametrizations.weight_norm(block.mlp[-1])
+        return block
+
+    with pytest.raises(NoRoutableBlockError, match="not simply added to the stream"):
+        planned(residual_at_the_root, X, None, None, block=normed)
+
+
 class Attend(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -314,6 +359,21 @@ def test_a_number_that_counts_tokens_follows_them() -> None:
         model(X, WORDS)
         model(X, WORDS)
     assert given[-1] == TOKENS // 2
+
+
+class Stepping(Block):
+    def forward(self, x: Tensor, steps: int) -> Tensor:  # type: ignore[override]
+        return super().forward(x * steps)
+
+
+def test_a_number_equal_to_n_by_chance_is_left_alone() -> None:
+    def forward(self: Denoiser, x: Tensor, _: Any, __: Any) -> Tensor:
+        for block in self.blocks:
+            x = block(x, TOKENS)
+        return x
+
+    plan = dcs.plan(Denoiser(forward, Stepping), (X,))
+    assert [dict(site.aligned) for site in plan.routed_sites] == [{"x": "b n c"}] * 2
 
 
 class TwoStreams(Block):

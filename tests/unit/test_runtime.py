@@ -169,6 +169,50 @@ def test_a_sequential_runs_its_own_children_alone():
     assert len(model) == 3
 
 
+def test_a_forward_over_all_children_is_told_what_to_do():
+    class Chain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.block = nn.Linear(WIDTH, WIDTH), nn.TransformerEncoderLayer(WIDTH, 2, 20, batch_first=True)
+
+        def forward(self, x):
+            for child in self.children():
+                x = child(x)
+            return x
+
+    model, x = Chain(), torch.randn(2, 10, WIDTH)
+    dcs.convert_(model, (x,))
+    with pytest.raises(ConversionError, match="runs over all of its children"):
+        model(x)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_call_that_cannot_be_aligned_is_refused_each_time(batch):
+    """Planned with tokens as a set, called with positions counted inside: at batch 1 too, and the second time too."""
+
+    class Positions(Block):
+        def forward(self, x, c, counted=False):
+            return super().forward(x + torch.arange(x.shape[1])[:, None] / 10 if counted else x, c)
+
+    class Model(Denoiser):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Positions(), Positions()])
+
+        def forward(self, x, t, counted=False):
+            x, c = self.embed(x), self.time(t[:, None] / 1000)
+            for block in self.blocks:
+                x = block(x, c, counted)
+            return self.head(x)
+
+    model = converted(Model())
+    for _ in range(2):
+        with pytest.raises(AlignmentError, match="was planned as routed"):
+            model(**inputs(batch), counted=True)
+    model(**inputs(batch))
+    model(**inputs(batch, tokens=1))
+
+
 def test_budget_loss_counts_what_a_step_pushed_below_zero_as_zero():
     """Two ratios at 0 and one above: were their excursions below 0 counted, the mean would be met outside the range."""
     model = converted(target_ratio=0.05)

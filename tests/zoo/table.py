@@ -98,6 +98,7 @@ HAND_WRITTEN = {
     "DataclassDiT": "3 _DiTBlock 20+0",
     "DiT": "4 DiTBlock 16+0",
     "DictDiT": "3 MapsBlock 20+0",
+    "DiffusionPolicy": "3 TransformerDecoderLayer 16+0",
     "DiffusionForcing": "3 TokenwiseBlock 20+0",
     "Eva": "3 EvaBlock 20+1",
     "EvaBlockDenoiser": "3 EvaBlock 20+0",
@@ -138,7 +139,6 @@ HAND_WRITTEN = {
     "VisionTransformer": "3 Block 20+1",
 }
 HAND_WRITTEN_DENSE = {
-    "DiffusionPolicy": _NO_SET,  # torch's decoder tells its layers that the mask is causal, and they go by position
     "HDiT": "No block was found .* takes tokens \\(b n c\\)",  # its streams are grids, b h w c
     "PostNormDiT": "not simply added to the stream",  # x + norm(block(x)): zero is no neutral update there
     "WanOriginal": _NO_SET,  # rotary positions counted inside attention, from the grid's size

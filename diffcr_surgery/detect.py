@@ -114,11 +114,7 @@ class Lineage:
     def streams(self, module: torch.nn.Module, node: fx.Node) -> dict[str, torch.Tensor]:
         """Return path -> mark ``b n`` of a block call's arguments that carry the latent, in signature order."""
         leaves = named_leaves(module, node.args, node.kwargs, fx.Node)
-        found = {
-            path: self._marks.get(source)
-            for path, (_, source) in leaves.items()
-            if getattr(source.meta.get("dtype"), "is_floating_point", False)
-        }
+        found = {path: self._marks.get(source) for path, (_, source) in leaves.items() if _is_float(source)}
         return {path: mark.any(-1) for path, mark in found.items() if isinstance(mark, torch.Tensor) and mark.ndim > 1 and mark.any()}
 
     def carries(self, node: fx.Node) -> bool:

@@ -135,8 +135,8 @@ class SurgeryPlan:
 def plan(model: torch.nn.Module, example_inputs: Any, config: DiffCRConfig | None = None) -> SurgeryPlan:
     """Work out which blocks of ``model`` can be routed and what moves with their tokens.
 
-    The model is run three times on inputs like the examples, and each distinct kind of block a few times more; nothing about it
-    changes, random state included.
+    The model is run three times on inputs like the examples, and each distinct kind of block a few times more (many times, where
+    several of its arguments have axes as long as the tokens); nothing about it changes, random state included.
 
     Args:
         model: Any transformer denoiser, or an encoder without a timestep.

@@ -116,12 +116,15 @@ def has_no_residual(sample: BlockSample, found: Alignment) -> bool | None:
     ``None`` if zero weights make no sense of it, as a weight norm does that divides by them.
     """
     twin = copy.deepcopy(sample.module).eval()
-    for name, weight in twin.named_parameters():
-        # Norms keep their scale: one that stands after the residual would hide it otherwise.
-        weight.requires_grad_(False).fill_(0.0 if weight.ndim > 1 or "bias" in name else 1.0)
-    with torch.no_grad():
-        copies = map_leaves((sample.args, sample.kwargs), lambda _, leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
-        paths, outputs, _ = flatten(twin(*copies[0], **copies[1]))
+    args, kwargs = map_leaves((sample.args, sample.kwargs), lambda _, leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
+    try:
+        for name, weight in twin.named_parameters():
+            # Norms keep their scale: one that stands after the residual would hide it otherwise.
+            weight.requires_grad_(False).fill_(0.0 if weight.ndim > 1 or "bias" in name else 1.0)
+        with torch.no_grad():
+            paths, outputs, _ = flatten(twin(*args, **kwargs))
+    except Exception:  # packed weights, say, that zeros are no values of
+        return None
     stream = outputs[paths.index(found.output)]
     return not bool(stream.any()) if bool(stream.isfinite().all()) else None
 

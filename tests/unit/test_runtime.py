@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -167,6 +168,28 @@ def test_a_sequential_runs_its_own_children_alone():
     model(torch.cat([x, x]))
     dcs.restore_(model)
     assert len(model) == 3
+
+
+def test_threads_may_all_come_first():
+    """A recording is aligned before others see it; half aligned, it could answer no one."""
+    model = converted(ratio=0.5).eval()
+    given, barrier, outputs, errors = inputs(), threading.Barrier(4), [], []
+
+    def run():
+        barrier.wait()
+        try:
+            with torch.no_grad():
+                outputs.append(model(**given))
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and all(torch.equal(output, outputs[0]) for output in outputs) and len(outputs) == 4
+    assert len(model.diffcr.recordings) == 1
 
 
 def test_a_forward_over_all_children_is_told_what_to_do():

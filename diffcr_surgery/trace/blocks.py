@@ -88,7 +88,7 @@ def block_candidates(recorder: Recorder, root: Frame) -> dict[int, bool]:
     Where no module holds attention and MLP together, as in ``for attend, feed in layers: x = attend(x) + x; x = feed(x) + x``, each half is
     taken by itself. So it is in a module that holds several such pairs, one after the other.
     """
-    blocks: dict[int, bool] = {}
+    halved: set[int] = set()
 
     def visit(frame: Frame) -> list[Frame]:
         if frame is not root and pattern_of(frame.module) is not None:
@@ -97,12 +97,13 @@ def block_candidates(recorder: Recorder, root: Frame) -> dict[int, bool]:
         if frame is root or not _qualifies(recorder, frame):
             return inner
         if not inner:
-            return [frame] if not _repeats(halves := _halves(recorder, frame, _main_stream(recorder, frame))) else take(halves)
+            halves = _halves(recorder, frame, _main_stream(recorder, frame))
+            return take(halves) if _repeats(halves) else [frame]
         parts = len({type(found.module) for found in inner}) == len(inner)
         return [frame] if parts and _adds_to_its_stream(recorder, frame) else inner
 
     def take(halves: list[tuple[Frame, bool]]) -> list[Frame]:
-        blocks.update({id(half.module): True for half, _ in halves})
+        halved.update(id(half.module) for half, _ in halves)
         return [half for half, _ in halves]
 
     found = visit(root)
@@ -111,7 +112,7 @@ def block_candidates(recorder: Recorder, root: Frame) -> dict[int, bool]:
         for halves in (_halves(recorder, root, meta) for meta in metas if len(meta.shape) == 3):
             if len({mixes for _, mixes in halves}) == 2:
                 found += take(halves)
-    return {id(frame.module): id(frame.module) in blocks for frame in found}
+    return {id(frame.module): id(frame.module) in halved for frame in found}
 
 
 def _main_stream(recorder: Recorder, frame: Frame) -> Meta:

@@ -213,6 +213,16 @@ def test_counts() -> None:
     assert staying_count(spans) == 3
     assert kept_count(0.5, 11, staying_count(spans)) == 7
     assert kept_count(0.99, 11, 3) == 4
+    assert kept_count(0.5, 5, staying=5) == 5  # never more than there are
+
+
+def test_a_sample_without_an_image_is_named() -> None:
+    def forward(self: Denoiser, x: list[Tensor], text: list[Tensor], _: Any) -> list[Tensor]:
+        joined = nn.utils.rnn.pad_sequence([torch.cat([t, i]) for t, i in zip(text, x, strict=True)], batch_first=True)
+        return [row[len(t) : len(t) + len(i)] for row, t, i in zip(self.through(joined), text, x, strict=True)]
+
+    with pytest.raises(NoRoutableBlockError, match="the stream of a sample holds no token that stems from the latent"):
+        planned(forward, [draw(TOKENS, WIDTH), draw(0, WIDTH)], [draw(2, WIDTH), draw(5, WIDTH)])
 
 
 # --- residuals outside the block -------------------------------------------------------------------------------------

@@ -87,8 +87,9 @@ def site_calls(recording: Recording, hints: Mapping[tuple[str, int], dict[str, s
             undecided = lone[key] is None or (lone[key] and not outside)
             outside = None if undecided else bool(lone[key])
         staying = spans(streams[found.stream], parse_axes(found.axes[found.stream]).batch)
-        if outside is None:
-            found = dataclasses.replace(found, routable=False, reason=_NO_RESIDUAL)
+        spoiled = found.overwrites and any(user > node for user in stream.users)
+        if outside is None or spoiled:
+            found = dataclasses.replace(found, routable=False, reason=_SPOILED if spoiled else _NO_RESIDUAL)
         lineage.settle(node, stream, found.output)
         calls.append(SiteCall(flow.calls[node], block.path, occurrence, found, staying, bool(outside)))
     names = [node.name for node in flow.graph.nodes if node.op == "placeholder"]
@@ -98,9 +99,10 @@ def site_calls(recording: Recording, hints: Mapping[tuple[str, int], dict[str, s
 
 
 _NO_RESIDUAL = (
-    "it has no residual of its own, and its output is not simply added to the stream it came from (`x + gate * block(norm(x))`), so a "
-    "token that bypasses it has nothing to go on as"
+    "no residual of its own could be told, and its output is not simply added to the stream it came from (`x + gate * block(norm(x))`), so "
+    "a token that bypasses it has nothing to go on as; add the residual inside the block, or plainly after it"
 )
+_SPOILED = "it overwrites the stream it is given, which is read again after it; let the block, or what reads the stream, work on a clone"
 
 
 def _unread(node: fx.Node) -> frozenset[str]:

@@ -49,8 +49,8 @@ class RoutedCall:
         tokens: Length of the stream's token axis.
         staying: Tokens on it that never bypass.
         outside: Whether the residual is added after the block, so that a bypassed token takes zero from it.
-        overwrites: Whether the block writes into its stream, which is read again after it.
-        counts: Path of each number that counts tokens -> ``"n"`` (those that may bypass) or ``"m+n"`` (all).
+        overwrites: Whether the block writes into its stream; it gets a copy where gate, router or a second branch read that too.
+        counts: Path of each number that counts tokens -> ``"n"`` (those that may bypass) or ``"m+n"`` (all), of a causal flag -> ``"off"``.
         samples: b.
         random: Whether the block draws random numbers.
         gate: Gate form.
@@ -176,8 +176,7 @@ class _Site:
             return self._whole(second)
         kept = _named(graph, f"kept_{call.index}", keep_tokens, (self.order(), count, *((True,) if call.staying else ())))
         tokens = _named(graph, f"tokens_{call.index}", gather_tokens, (self.stream, kept, call.pattern, call.tokens))
-        given = graph.call_method("clone", (tokens,)) if call.overwrites else tokens
-        results = self._run_kept(kept, given, second, count)
+        results = self._run_kept(kept, tokens, second, count)
         processed = self.gated(tokens, results[call.output], kept)
         skip = graph.call_function(torch.zeros_like, (self.stream,)) if call.outside else self.stream
         results[call.output] = _named(graph, f"stream_{call.index}", scatter_tokens, (skip, processed, kept, call.pattern))
@@ -210,7 +209,7 @@ class _Site:
         def gather(path: str, leaf: Any) -> Any:
             pattern = call.axes.get(path)
             if path == call.stream:
-                return tokens
+                return graph.call_method("clone", (tokens,)) if call.overwrites else tokens  # the gate reads them after the block
             if pattern is None or not parse_axes(pattern).tokens or not isinstance(leaf, fx.Node):
                 return leaf
             return graph.call_function(gather_tokens, (leaf, kept, pattern, call.tokens))

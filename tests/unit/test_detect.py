@@ -386,6 +386,24 @@ def test_a_number_equal_to_n_by_chance_is_left_alone() -> None:
     assert [dict(site.aligned) for site in plan.routed_sites] == [{"x": "b n c"}] * 2
 
 
+class Spoiling(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        x.zero_()
+        return y
+
+
+def test_a_stream_that_its_block_overwrites_and_others_read_stays_dense() -> None:
+    """Routed, the block would spoil a copy of the kept tokens, and the readers would see what the original spoils."""
+
+    def forward(self: Denoiser, x: Tensor, _: Any, __: Any) -> Tensor:
+        x = self.embed(x)
+        return self.blocks[0](x) + self.embed(x)
+
+    with pytest.raises(NoRoutableBlockError, match="it overwrites the stream it is given, which is read again after it"):
+        planned(forward, X, block=Spoiling)
+
+
 class TwoStreams(Block):
     def forward(self, x: Tensor) -> Any:
         x = super().forward(x)

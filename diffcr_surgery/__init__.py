@@ -7,6 +7,7 @@ dcs.specialize_(model)             # a faster model of the same class
 """
 
 from diffcr_surgery import errors as errors
+from diffcr_surgery.atomic import atomic_folder
 from diffcr_surgery.capture import capture_inputs
 from diffcr_surgery.config import DiffCRConfig
 from diffcr_surgery.errors import SurgeryError
@@ -18,17 +19,21 @@ from diffcr_surgery.save import load_adapter_, save_adapter
 from diffcr_surgery.specialize import specialize_
 from diffcr_surgery.timesteps import at_timestep
 from diffcr_surgery.trace import trace
+from diffcr_surgery.training import RegionSampler, parameter_groups
 
 __all__ = [
     "BlockPattern",
     "DiffCRConfig",
     "RatioOptimizer",
+    "RegionSampler",
     "SurgeryError",
     "SurgeryPlan",
     "at_timestep",
+    "atomic_folder",
     "capture_inputs",
     "convert_",
     "load_adapter_",
+    "parameter_groups",
     "plan",
     "ratio_loss",
     "ratio_table",

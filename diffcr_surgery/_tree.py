@@ -41,13 +41,16 @@ def is_dataclass_value(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, (type, Leaf))
 
 
-def map_leaves(tree: Any, visit: Callable[[str, Any], Any], path: str = "") -> Any:
-    """Rebuild ``tree`` with ``visit(dotted path, leaf)`` in place of each leaf; containers keep their types."""
+def map_leaves(tree: Any, visit: Callable[[str, Any], Any], path: str = "", *, stop: Callable[[str, Any], bool] | None = None) -> Any:
+    """Rebuild ``tree`` with ``visit(dotted path, leaf)`` in place of each leaf; containers keep their types.
+
+    Where ``stop(dotted path, value)`` says so, a container counts as a leaf.
+    """
 
     def below(key: Any, value: Any) -> Any:
-        return map_leaves(value, visit, f"{path}.{key}" if path else str(key))
+        return map_leaves(value, visit, f"{path}.{key}" if path else str(key), stop=stop)
 
-    if isinstance(tree, torch.Tensor):
+    if isinstance(tree, torch.Tensor) or (stop is not None and stop(path, tree)):
         return visit(path, tree)
     if isinstance(tree, tuple):
         items = [below(i, v) for i, v in enumerate(tree)]

@@ -17,8 +17,8 @@ __all__ = ["CONFIG_VERSION", "DiffCRConfig"]
 CONFIG_VERSION = 1
 
 GATES = ("doubled_sigmoid", "straight_through", "sigmoid")
-BRANCHES = ("two",)
-COSTS = ("tokens",)
+BRANCHES = ("two", "boundary")
+COSTS = ("tokens", "flops", "latency")
 DEFAULT_BINS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
@@ -29,7 +29,10 @@ class DiffCRConfig:
     A *compression ratio* is the share of tokens that bypass a block: 0 keeps all, 0.3 sends 30 % round the block.
 
     Args:
-        target_ratio: Mean compression ratio the budget aims at, in ``[0, max_ratio]``.
+        target_ratio: Compression ratio whose cost the budget aims at, in ``[0, max_ratio]``: what this ratio at every block would save.
+            With ``cost="tokens"`` that is the mean ratio.
+        target_share: In place of ``target_ratio``: the share of the dense model's cost to come down to, such as 0.8, everything outside the
+            blocks included (with ``cost="tokens"``, the blocks alone).
         timestep_regions: Number R of equal parts of the timestep range, each with ratios of its own (1 is DiffCR-L).
         timestep_argument: Name of the forward argument that holds the timestep, or ``"auto"``. Irrelevant for R = 1.
         timestep_range: ``(lowest, highest)`` timestep, clean to noisy, or ``"auto"`` to read it off the example inputs.
@@ -37,8 +40,11 @@ class DiffCRConfig:
         max_ratio: Upper bound of every ratio, at most the last bin.
         gate: How a kept token's update is scaled by its score s: ``"doubled_sigmoid"`` by 2s (1 at the start),
             ``"straight_through"`` by 1 with the gradient of s, ``"sigmoid"`` by s (the paper's form; it halves updates at the start).
-        branches: How a ratio between two bins gets its gradient: ``"two"`` runs the block at both bins and blends.
-        cost: What the budget counts: ``"tokens"``.
+        branches: How a ratio between two bins gets its gradient: ``"two"`` runs the block at both bins and blends (the paper's way);
+            ``"boundary"`` runs it once, on the larger kept set, and blends each token's update (see :mod:`diffcr_surgery.rewrite`).
+        cost: What the budget counts: ``"tokens"``, each as much as any other; ``"flops"`` of each block; or ``"latency"``, measured on the
+            model's device while planning.
+        region_weights: How often inference visits each region, cleanest first, in any unit; ``None`` for equally often.
         ratio_loss_weight: Weight λ of :func:`diffcr_surgery.ratio_loss`.
         blocks: Regular expression; only blocks whose qualified name matches it in full are routed. ``None`` routes all.
         initial_ratio: Value of every ratio after conversion.
@@ -54,14 +60,16 @@ class DiffCRConfig:
     """
 
     target_ratio: float = 0.2
+    target_share: float | None = None
     timestep_regions: int = 1
     timestep_argument: str = "auto"
     timestep_range: tuple[float, float] | Literal["auto"] = "auto"
     bins: tuple[float, ...] = DEFAULT_BINS
     max_ratio: float = 0.9
     gate: Literal["doubled_sigmoid", "straight_through", "sigmoid"] = "doubled_sigmoid"
-    branches: Literal["two"] = "two"
-    cost: Literal["tokens"] = "tokens"
+    branches: Literal["two", "boundary"] = "two"
+    cost: Literal["tokens", "flops", "latency"] = "tokens"
+    region_weights: tuple[float, ...] | None = None
     ratio_loss_weight: float = 0.3
     blocks: str | None = None
     initial_ratio: float = 0.0
@@ -76,6 +84,8 @@ class DiffCRConfig:
         if self.max_ratio >= 1.0:
             raise ConfigError("max_ratio=1.0 would let a block lose every token; choose a value below 1, such as 0.9.")
         self._settle_number("target_ratio", 0.0, self.max_ratio)
+        if self.target_share is not None:
+            self._settle_number("target_share", 0.0, 1.0)
         self._settle_number("initial_ratio", 0.0, self.max_ratio)
         self._settle_number("ratio_loss_weight", 0.0, math.inf)
         if not isinstance(self.timestep_regions, int) or isinstance(self.timestep_regions, bool) or self.timestep_regions < 1:
@@ -83,6 +93,8 @@ class DiffCRConfig:
         for name, choices in (("gate", GATES), ("branches", BRANCHES), ("cost", COSTS)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, choices))}.")
+        if self.region_weights is not None:
+            object.__setattr__(self, "region_weights", _weights(self.region_weights, self.timestep_regions))
         if not isinstance(self.timestep_argument, str) or not self.timestep_argument:
             raise ConfigError(f'timestep_argument={self.timestep_argument!r}: expected the name of a forward argument, or "auto".')
         if not isinstance(self.learn_ratios, bool):
@@ -94,6 +106,12 @@ class DiffCRConfig:
         if value is None or not low <= value <= high:
             raise ConfigError(f"{name}={getattr(self, name)!r}: expected a number in [{low:g}, {high:g}].")
         object.__setattr__(self, name, value)
+
+    @property
+    def reachable_bins(self) -> tuple[float, ...]:
+        """The bins up to ``max_ratio``, and the one above it if it lies between two."""
+        top = next(i for i, b in enumerate(self.bins) if b >= self.max_ratio - 1e-6)
+        return self.bins[: max(top, 1) + 1]
 
     def to_json(self) -> str:
         """Return the configuration as versioned JSON text."""
@@ -151,6 +169,15 @@ def _range(value: Any) -> tuple[float, float]:
     if len(bounds) != 2 or bounds[0] >= bounds[1]:
         raise ConfigError(f"timestep_range={value!r}: expected (lowest, highest) with lowest < highest, such as (0, 1000).")
     return bounds[0], bounds[1]
+
+
+def _weights(value: Any, regions: int) -> tuple[float, ...]:
+    weights = _numbers("region_weights", value)
+    if len(weights) != regions or min(weights) < 0 or sum(weights) == 0:
+        raise ConfigError(
+            f"region_weights={value!r}: expected {regions} numbers of at least 0, one for each timestep region, not all of them 0."
+        )
+    return weights
 
 
 def _check_bins(bins: tuple[float, ...]) -> None:

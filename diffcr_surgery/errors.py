@@ -10,6 +10,7 @@ __all__ = [
     "ConfigError",
     "ConversionError",
     "NoRoutableBlockError",
+    "NonFiniteError",
     "PatternError",
     "SurgeryError",
     "TimestepError",
@@ -47,6 +48,10 @@ class TimestepError(SurgeryError, ValueError):
 
 class ConversionError(SurgeryError, RuntimeError):
     """The model is in the wrong state for the call: converted already, not converted, or specialised."""
+
+
+class NonFiniteError(SurgeryError, ArithmeticError):
+    """Scores, ratios or their gradients are NaN or infinite; the text names the site."""
 
 
 class AdapterError(SurgeryError):

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from diffcr_surgery.errors import ConfigError
-from diffcr_surgery.ratios import project_to_mean
 from diffcr_surgery.runtime.convert import state_of
 
 __all__ = ["RatioOptimizer"]
@@ -61,15 +60,11 @@ class RatioOptimizer(torch.optim.Optimizer):
         if state.specialized or not state.config.learn_ratios:
             raise ConfigError("RatioOptimizer needs learnable ratios: convert with learn_ratios=True, and train before specialize_.")
         super().__init__([state.ratio_table], {"lr": lr, "averaging": averaging, "ramp": ramp, "total_steps": total_steps})
-        self._target, self._max_ratio, self._weights = (
-            state.config.target_ratio,
-            state.config.max_ratio,
-            state.region_weights,
-        )
+        self._target, self._budget = state.target_saving, state.budget
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's own form leaves out what a subclass adds, so that a copy could not take a step.
-        own = {name: getattr(self, name) for name in ("_target", "_max_ratio", "_weights")}
+        own = {name: getattr(self, name) for name in ("_target", "_budget")}
         return super().__getstate__() | own
 
     @torch.no_grad()
@@ -84,7 +79,7 @@ class RatioOptimizer(torch.optim.Optimizer):
         state: dict[str, Any] = self.state[table]
         if not state:
             state["step"] = 0
-            state["start"] = float((table * self._weights.to(table)).sum(1).mean())
+            state["start"] = float(self._budget.saving(table))
             state["average"] = torch.zeros_like(table)
             state["seen"] = torch.zeros(table.shape[1], device=table.device)
         state["step"] += 1
@@ -92,7 +87,7 @@ class RatioOptimizer(torch.optim.Optimizer):
         share = min(1.0, state["step"] / max(1.0, group["ramp"] * group["total_steps"]))
         mean = state["start"] + share * (self._target - state["start"])
         moved = table - group["lr"] * direction
-        table.copy_(project_to_mean(moved, mean, self._max_ratio, self._weights.to(table.device)))
+        table.copy_(self._budget.project(moved, mean))
         return loss
 
     def _direction(self, table: torch.Tensor, state: dict[str, Any], averaging: float) -> torch.Tensor:

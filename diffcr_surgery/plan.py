@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import fx
 
-from diffcr_surgery._tree import flatten
 from diffcr_surgery.align import Alignment
 from diffcr_surgery.axes import parse_axes
 from diffcr_surgery.config import DiffCRConfig
+from diffcr_surgery.costs import site_costs
 from diffcr_surgery.detect import named_leaves
 from diffcr_surgery.errors import ConfigError, ConversionError, NoRoutableBlockError
+from diffcr_surgery.ratios import Budget
 from diffcr_surgery.rewrite import Decision, RoutedCall, RouteTokens, used_items
+from diffcr_surgery.samples import find_splitting
 from diffcr_surgery.sites import SiteCall, site_calls
+from diffcr_surgery.split import Splitting
 from diffcr_surgery.timesteps import TimestepRegions, timestep_regions
 from diffcr_surgery.tokens import staying_count
 from diffcr_surgery.trace import Trace
-from diffcr_surgery.trace.key import model_device
-from diffcr_surgery.trace.perturb import shake
-from diffcr_surgery.trace.recording import Recording, run_call, undisturbed
+from diffcr_surgery.trace.recording import Recording
 
 __all__ = ["BlockSite", "SurgeryPlan", "plan", "routed_call"]
 
@@ -82,7 +83,9 @@ class SurgeryPlan:
         config: Settings.
         sites: Every block call found, in order of execution.
         regions: Timestep argument, range and regions.
-        shared_inputs: Input tensors without a batch axis.
+        splitting: How a call whose samples lie in several regions is cut into them.
+        site_costs: Share of the dense cost that each routed site takes at each reachable bin (of the model's cost; of the blocks', if
+            tokens are what counts).
         graph: The routed ``torch.fx`` graph at the target ratio (not kept by pickle and deepcopy).
 
     Example:
@@ -100,7 +103,8 @@ class SurgeryPlan:
     config: DiffCRConfig
     sites: tuple[BlockSite, ...]
     regions: TimestepRegions
-    shared_inputs: frozenset[str]
+    splitting: Splitting
+    site_costs: tuple[tuple[float, ...], ...]
     graph: fx.Graph | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -109,10 +113,10 @@ class SurgeryPlan:
         return tuple(site for site in self.sites if site.routed)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SurgeryPlan, (self.model_class, self.config, self.sites, self.regions, self.shared_inputs)
+        return SurgeryPlan, (self.model_class, self.config, self.sites, self.regions, self.splitting, self.site_costs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SurgeryPlan:
-        return SurgeryPlan(self.model_class, self.config, self.sites, self.regions, self.shared_inputs)
+        return SurgeryPlan(self.model_class, self.config, self.sites, self.regions, self.splitting, self.site_costs)
 
     def __str__(self) -> str:
         config, routed = self.config, self.routed_sites
@@ -136,7 +140,8 @@ def plan(model: torch.nn.Module, example_inputs: Any, config: DiffCRConfig | Non
     """Work out which blocks of ``model`` can be routed and what moves with their tokens.
 
     The model is run three times on inputs like the examples, and each distinct kind of block a few times more (many times, where
-    several of its arguments have axes as long as the tokens); nothing about it changes, random state included.
+    several of its arguments have axes as long as the tokens). With several timestep regions and a batch, it is run on samples alone too,
+    to know how the batch may be split. Nothing about the model changes, random state included.
 
     Args:
         model: Any transformer denoiser, or an encoder without a timestep.
@@ -169,8 +174,25 @@ def plan(model: torch.nn.Module, example_inputs: Any, config: DiffCRConfig | Non
     sites = tuple(_block_site(recorded.recording, call, config) for call in calls)
     if not any(site.routed for site in sites):
         raise NoRoutableBlockError(_no_block(model, sites))
-    shared = _shared_inputs(recorded, model)
-    return SurgeryPlan(_qualified(model), config, sites, regions, shared, _target_graph(recorded.recording, calls, sites, config))
+    routed = [call for call, site in zip(calls, sites, strict=True) if site.routed]
+    table = {call.node: routed_call(recorded.recording, call, i, config) for i, call in enumerate(routed)}
+    splitting = _splitting(recorded, model, regions, list(table.values()))
+    costs = site_costs(model, recorded.recording, recorded.call, table, config)
+    _check_target(config, costs)
+    return SurgeryPlan(_qualified(model), config, sites, regions, splitting, costs, _target_graph(recorded.recording, table, config))
+
+
+def _check_target(config: DiffCRConfig, costs: tuple[tuple[float, ...], ...]) -> None:
+    """Refuse a share of the dense cost that even the highest ratio everywhere does not come down to."""
+    budget = Budget(config.reachable_bins, torch.tensor(costs), torch.ones(1), config.max_ratio)
+    blocks = sum(row[0] for row in costs)
+    lowest = 1.0 - blocks * float(budget.saving(torch.full((len(costs), 1), config.max_ratio)))
+    if config.target_share is not None and config.target_share < lowest - 1e-6:
+        raise ConfigError(
+            f"target_share={config.target_share:g} of the dense model's {config.cost} cannot be reached: with "
+            f"max_ratio={config.max_ratio:g} at all {len(costs)} routed blocks, {lowest:.3f} is left. Choose a share of at least that or "
+            "a higher max_ratio."
+        )
 
 
 def _qualified(model: torch.nn.Module) -> str:
@@ -199,7 +221,7 @@ def _count(site: BlockSite) -> str:
     return f"{site.tokens} (+{site.staying})" if site.staying else str(site.tokens)
 
 
-def routed_call(recording: Recording, call: SiteCall, index: int, gate: str) -> RoutedCall:
+def routed_call(recording: Recording, call: SiteCall, index: int, config: DiffCRConfig) -> RoutedCall:
     """Translate a proven alignment from argument names to the call at hand."""
     block, found = recording.blocks[call.node], call.alignment
     named = named_leaves(block.module, call.node.args, call.node.kwargs, fx.Node)
@@ -217,7 +239,8 @@ def routed_call(recording: Recording, call: SiteCall, index: int, gate: str) -> 
         tokens=found.tokens,
         samples=1 if batch is None else stream.meta["shape"][batch],
         random=block.random,
-        gate=gate,
+        gate=config.gate,
+        branches=config.branches,
         staying=call.staying,
         outside=call.outside,
         counts={numbers[name][0]: word for name, word in found.counts.items()},
@@ -225,10 +248,8 @@ def routed_call(recording: Recording, call: SiteCall, index: int, gate: str) -> 
     )
 
 
-def _target_graph(recording: Recording, calls: list[SiteCall], sites: tuple[BlockSite, ...], config: DiffCRConfig) -> fx.Graph:
-    routed = [call for call, site in zip(calls, sites, strict=True) if site.routed]
-    table = {call.node: routed_call(recording, call, i, config.gate) for i, call in enumerate(routed)}
-    return RouteTokens(table, dict.fromkeys(range(len(routed)), Decision(config.target_ratio)), recording.blocks)(recording.graph).graph
+def _target_graph(recording: Recording, table: dict[fx.Node, RoutedCall], config: DiffCRConfig) -> fx.Graph:
+    return RouteTokens(table, dict.fromkeys(range(len(table)), Decision(config.target_ratio)), recording.blocks)(recording.graph).graph
 
 
 def _no_block(model: torch.nn.Module, sites: tuple[BlockSite, ...]) -> str:
@@ -245,37 +266,18 @@ def _no_block(model: torch.nn.Module, sites: tuple[BlockSite, ...]) -> str:
     )
 
 
-def _shared_inputs(recorded: Trace, model: torch.nn.Module) -> frozenset[str]:
-    """Return the input tensors without a batch axis: those of another first size, and, in case of doubt, those shown to be shared."""
-    call = recorded.call
-    batch = _batch_size(recorded)
-    if batch is None:
-        return frozenset()
-    alike = [path for path, t in zip(call.paths, call.tensors, strict=True) if t.ndim and t.shape[0] == batch]
-    shared = set(call.paths) - set(alike)
-    inner = {size for t in call.tensors for size in t.shape[1:]} | {size for node in recorded.recording.blocks for size in _lengths(node)}
-    if batch > 1 and batch in inner:
-        shared |= {path for path in alike if _touches_first_sample(recorded, model, path)}
-    return frozenset(shared)
+def _splitting(recorded: Trace, model: torch.nn.Module, regions: TimestepRegions, routed: list[RoutedCall]) -> Splitting:
+    """Find out how calls are cut into samples; with one region none ever is."""
+    if regions.count == 1:
+        return Splitting()
+    batch = _batch_size(recorded.call.arguments, regions)
+    folded = any(parse_axes(call.pattern).batch is None or call.samples != batch for call in routed)
+    return replace(find_splitting(model, model.forward, recorded.call, batch), folded=folded)
 
 
-def _lengths(node: fx.Node) -> set[int]:
-    return {size for source in node.all_input_nodes for size in source.meta.get("shape", ())[1:]}
-
-
-def _batch_size(recorded: Trace) -> int | None:
-    return next((t.shape[0] for t in recorded.call.tensors if t.ndim >= 2 and t.is_floating_point()), None)
-
-
-@torch.no_grad()
-def _touches_first_sample(recorded: Trace, model: torch.nn.Module, path: str) -> bool:
-    """Tell whether changing all but the first row of one input changes the first row of an output: then its rows are no samples."""
-    index = recorded.call.paths.index(path)
-    tensors = list(recorded.call.tensors)
-    tensors[index] = torch.cat([tensors[index][:1], shake(tensors[index])[1:]])
-    with undisturbed(model, model_device(model, tensors)) as rewind:
-        _, before, _ = flatten(run_call(recorded.call, recorded.call.tensors, model.forward))
-        rewind()
-        _, after, _ = flatten(run_call(recorded.call, tensors, model.forward))
-    pairs = [(a[0].float(), b[0].float()) for a, b in zip(before, after, strict=True) if a.ndim > 1]
-    return any(bool((a - b).abs().max() > 1e-5 * a.std()) for a, b in pairs)
+def _batch_size(arguments: dict[str, Any], regions: TimestepRegions) -> int:
+    """Count the samples: as many as there are timesteps, or, where one stands for all, rows in the first tensor that has some."""
+    timestep = arguments.get(regions.argument) if regions.argument else None
+    if isinstance(timestep, torch.Tensor) and timestep.ndim and len(timestep) > 1:
+        return len(timestep)
+    return next((len(v) for v in arguments.values() if isinstance(v, torch.Tensor) and v.ndim > 1 and v.is_floating_point()), 1)

@@ -1,15 +1,16 @@
-"""Arithmetic of compression ratios: bins, brackets, rounding and projection that keep the mean."""
+"""Arithmetic of compression ratios: bins, brackets, and a budget that ratios are projected to, rounded and judged by."""
 
 from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Bracket", "bracket", "project_to_mean", "round_to_bins", "weighted_mean"]
+__all__ = ["Bracket", "Budget", "bracket"]
 
 
 class Bracket(NamedTuple):
@@ -32,66 +33,104 @@ def bracket(ratio: float, bins: Sequence[float]) -> Bracket:
     return Bracket(bins[index], bins[index + 1])
 
 
-def weighted_mean(table: Tensor, region_weights: Tensor) -> Tensor:
-    """Return the mean ratio, ``l r`` with weights ``r`` that sum to 1 -> scalar; every layer counts alike."""
-    return (table * region_weights.to(table)).sum(1).mean()
+@dataclass(frozen=True)
+class Budget:
+    """What a ratio table saves, as a share of what its blocks cost dense.
 
+    Each site has a curve of costs over the bins, interpolated in between, so that the saving has a gradient in every ratio. Regions count
+    as often as inference visits them. If a token costs the same everywhere, the saving is the mean ratio.
 
-def round_to_bins(table: Tensor, bins: Sequence[float], region_weights: Tensor) -> Tensor:
-    """Round every ratio to one of the two bins around it so that the weighted mean is kept as well as bins allow.
-
-    Entries start at their nearest bin; then those closest to the middle between their bins change sides, as long as that
-    brings the mean nearer. Rounding each by itself misses the target by up to half a bin.
-
-    Args:
-        table: Ratios ``l r``.
-        bins: Rising ratios.
+    Attributes:
+        bins: Rising ratios, ``m`` of them.
+        costs: What each site costs at each bin, ``l m``, falling along a row, in any unit.
         region_weights: How often inference visits each region, ``r``, summing to 1.
+        max_ratio: Upper bound of every ratio.
 
     Example:
-        >>> round_to_bins(torch.tensor([[0.04], [0.06]]), (0.0, 0.1), torch.ones(1)).flatten().tolist()
-        [0.0, 0.10000000149011612]
+        >>> budget = Budget((0.0, 0.5, 1.0), torch.tensor([[4.0, 2.0, 0.0], [2.0, 1.0, 0.0]]), torch.ones(1), 0.9)
+        >>> round(float(budget.saving(torch.tensor([[0.3], [0.0]]))), 4)  # the first block is two thirds of the whole
+        0.2
     """
-    values = table.detach().double().cpu()
-    pairs = [bracket(value, bins) for value in values.flatten().tolist()]
-    lower = torch.tensor([p.lower for p in pairs], dtype=torch.float64)
-    upper = torch.tensor([p.upper for p in pairs], dtype=torch.float64)
-    flat = values.flatten()
-    nearest = torch.where(flat - lower < upper - flat, lower, upper)
-    weights = region_weights.double().cpu().expand_as(values).flatten() / values.shape[0]
-    excess = float(((nearest - flat) * weights).sum())
-    order = torch.argsort((flat - (lower + upper) / 2).abs(), stable=True).tolist()
-    for index in order:
-        flipped = lower[index] if nearest[index] == upper[index] else upper[index]
-        change = float((flipped - nearest[index]) * weights[index])
+
+    bins: tuple[float, ...]
+    costs: Tensor
+    region_weights: Tensor
+    max_ratio: float
+
+    @classmethod
+    def of_tokens(cls, sites: int, bins: Sequence[float], region_weights: Tensor, max_ratio: float) -> Budget:
+        """Return the budget in which every token of every block costs the same."""
+        return cls(tuple(bins), (1.0 - torch.tensor(bins, dtype=torch.float64)).expand(sites, -1), region_weights, max_ratio)
+
+    def saving(self, table: Tensor) -> Tensor:
+        """Return the share of the blocks' dense cost that ratios ``l r`` save, a scalar with gradient."""
+        savings, weights = self._savings(table), self.region_weights.to(table)
+        return (savings * weights).sum()
+
+    def slopes(self, table: Tensor) -> Tensor:
+        """Return what a little more ratio saves at each entry, ``l r``, relative to a block of mean cost whose tokens all cost the same."""
+        lower, upper, span = self._around(table)[1:]
+        return (upper - lower) / span * len(table)
+
+    def project(self, table: Tensor, saving: float) -> Tensor:
+        """Return the table with the given saving and entries in ``[0, max_ratio]`` that one shift of all entries, clipped, leads to.
+
+        Args:
+            table: Ratios ``l r``.
+            saving: Wanted saving; beyond what ``max_ratio`` everywhere saves, that is the result.
+
+        Example:
+            >>> budget = Budget.of_tokens(2, (0.0, 0.5, 1.0), torch.ones(1), 0.9)
+            >>> budget.project(torch.tensor([[0.0], [0.4]]), 0.3)
+            tensor([[0.1000],
+                    [0.5000]])
+        """
+        values = table.detach().double().cpu()
+        low, high = -float(values.max()) - self.max_ratio, 2 * self.max_ratio - float(values.min())
+        for _ in range(50):  # the saving of the clipped shift rises with the shift: bisection halves the gap each time
+            middle = (low + high) / 2
+            if float(self.saving((values + middle).clamp(0.0, self.max_ratio))) < saving:
+                low = middle
+            else:
+                high = middle
+        return (values + (low + high) / 2).clamp(0.0, self.max_ratio).to(table)
+
+    def round(self, table: Tensor) -> Tensor:
+        """Round every ratio of ``l r`` to one of the two bins around it so that the saving is kept as well as bins allow.
+
+        Entries start at their nearest bin; then those closest to the middle between their bins change sides, as long as that brings the
+        saving nearer. Rounding each by itself misses the target by up to half a bin.
+
+        Example:
+            >>> Budget.of_tokens(2, (0.0, 0.1, 0.2), torch.ones(1), 0.2).round(torch.tensor([[0.04], [0.06]])).flatten().tolist()
+            [0.0, 0.10000000149011612]
+        """
+        values = table.detach().double().cpu()
+        pairs = [bracket(value, self.bins) for value in values.flatten().tolist()]
+        lower, upper = torch.tensor(pairs, dtype=torch.float64).reshape(*values.shape, 2).unbind(-1)
+        rounded = torch.where(values - lower < upper - values, lower, upper)
+        weights = self.region_weights.to(values)
+        saved_lower, saved_upper = self._savings(lower) * weights, self._savings(upper) * weights
+        excess = float(self.saving(rounded) - self.saving(values))
         # A ratio that lies on a bin is where it was asked to be; it does not move to repair others.
-        on_bin = min(abs(float(flat[index] - lower[index])), abs(float(flat[index] - upper[index]))) < 1e-6
-        if not on_bin and abs(excess + change) < abs(excess) - 1e-12:
-            nearest[index] = flipped
-            excess += change
-    return nearest.reshape(values.shape).to(torch.float32)
+        free = torch.minimum((values - lower).abs(), (values - upper).abs()) >= 1e-6
+        order = torch.argsort((values - (lower + upper) / 2).abs().flatten(), stable=True).tolist()
+        for index in [divmod(i, values.shape[1]) for i in order]:
+            rise = float(saved_upper[index] - saved_lower[index])
+            change = -rise if rounded[index] == upper[index] else rise
+            if free[index] and abs(excess + change) < abs(excess) - 1e-12:
+                rounded[index] = lower[index] if rounded[index] == upper[index] else upper[index]
+                excess += change
+        return rounded.float()
 
+    def _around(self, table: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return for each entry the bin below, what its site saves there and at the bin above, and how far apart the two are."""
+        bins, costs = torch.tensor(self.bins, dtype=table.dtype, device=table.device), self.costs.to(table)
+        savings = (costs[:, :1] - costs) / costs[:, 0].sum()
+        below = (torch.bucketize(table.detach().contiguous(), bins, right=True) - 1).clamp(0, len(bins) - 2)
+        return bins[below], savings.gather(1, below), savings.gather(1, below + 1), bins[below + 1] - bins[below]
 
-def project_to_mean(table: Tensor, mean: float, max_ratio: float, region_weights: Tensor) -> Tensor:
-    """Return the nearest table with the given weighted mean and entries in ``[0, max_ratio]``: one shift, clipped.
-
-    Args:
-        table: Ratios ``l r``.
-        mean: Wanted weighted mean, in ``[0, max_ratio]``.
-        max_ratio: Upper bound.
-        region_weights: Weights ``r``, summing to 1.
-
-    Example:
-        >>> project_to_mean(torch.tensor([[0.0], [0.4]]), 0.3, 0.9, torch.ones(1))
-        tensor([[0.1000],
-                [0.5000]])
-    """
-    values = table.detach().double()
-    low, high = -float(values.max()) - max_ratio, max_ratio - float(values.min()) + max_ratio
-    for _ in range(60):  # the mean of the clipped shift rises with the shift: bisection halves the gap each time
-        middle = (low + high) / 2
-        if float(weighted_mean((values + middle).clamp(0.0, max_ratio), region_weights.double())) < mean:
-            low = middle
-        else:
-            high = middle
-    return (values + (low + high) / 2).clamp(0.0, max_ratio).to(table.dtype)
+    def _savings(self, table: Tensor) -> Tensor:
+        """Return what each entry of ``l r`` would save if all regions ran its site like that."""
+        bins, lower, upper, span = self._around(table)
+        return lower + (upper - lower) * (table - bins) / span

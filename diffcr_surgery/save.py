@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -9,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from diffcr_surgery._shards import whole
+from diffcr_surgery.atomic import sync
 from diffcr_surgery.config import DiffCRConfig
 from diffcr_surgery.errors import AdapterError, ConfigError, ConversionError
 from diffcr_surgery.plan import SurgeryPlan, plan
@@ -27,7 +31,8 @@ MAX_SETTINGS_BYTES = 16 * 1024 * 1024
 def save_adapter(model: torch.nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write routers, ratio table and settings of a converted model into a folder.
 
-    Each file is replaced in one step, so that an interrupted save leaves the earlier one whole.
+    Each file is replaced in one step, and that of the tensors holds the settings too: whenever a save is interrupted, what can be loaded
+    is the earlier adapter or this one, whole.
 
     Args:
         model: A converted model, not specialised.
@@ -61,19 +66,31 @@ def save_adapter(model: torch.nn.Module, directory: str | os.PathLike[str]) -> N
         },
         "sites": _site_rows(state.plan),
         "target_ratio": state.config.target_ratio,
-        "achieved_ratio": float((state.executed_ratios() * state.region_weights).sum(1).mean()),
+        "achieved_ratio": float(state.budget.saving(state.executed_ratios())),
     }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.state_dict().items()}
+    tensors = {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in state.state_dict().items()}
+    settings["fingerprint"] = _fingerprint(settings, tensors)
     folder = Path(directory)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-            save_file(tensors, os.path.join(scratch, TENSORS))
-            Path(scratch, SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            text = json.dumps(settings, indent=2) + "\n"
+            save_file(tensors, os.path.join(scratch, TENSORS), metadata={SETTINGS: text})
+            Path(scratch, SETTINGS).write_text(text, encoding="utf-8")
             for name in (TENSORS, SETTINGS):
+                sync(Path(scratch, name))
                 os.replace(os.path.join(scratch, name), folder / name)
+        sync(folder)
     except OSError as error:
         raise AdapterError(f"The adapter could not be written to {folder}: {error}. Choose a folder that can be written.") from error
+
+
+def _fingerprint(settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
+    """Return a digest by which settings and tensors of one save know each other."""
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for name in sorted(tensors):
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _site_rows(planned: SurgeryPlan) -> list[dict[str, Any]]:
@@ -156,7 +173,23 @@ def _fill(model: torch.nn.Module, tensors: dict[str, torch.Tensor], folder: Path
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
-    path = folder / SETTINGS
+    """Read the settings; those kept with the tensors, if a save was interrupted after it had replaced the tensors."""
+    settings = _read_json(folder / SETTINGS)
+    kept = _read_kept(folder)
+    if kept is not None and kept.get("fingerprint") != settings["fingerprint"]:
+        return _checked(kept, folder / TENSORS)
+    return settings
+
+
+def _read_kept(folder: Path) -> dict[str, Any] | None:
+    try:
+        with safe_open(folder / TENSORS, "pt") as file:
+            return dict(json.loads(file.metadata()[SETTINGS]))
+    except Exception:  # what is wrong with the file is said where it is read in full
+        return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_SETTINGS_BYTES:
             raise AdapterError(
@@ -164,9 +197,13 @@ def _read_settings(folder: Path) -> dict[str, Any]:
             )
         settings = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise AdapterError(f"{folder} holds no {SETTINGS}; give the folder that save_adapter(model, folder) wrote.") from None
+        raise AdapterError(f"{path.parent} holds no {SETTINGS}; give the folder that save_adapter(model, folder) wrote.") from None
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} cannot be read as JSON ({error}); the file is damaged. Save the adapter anew.") from error
+    return _checked(settings, path)
+
+
+def _checked(settings: Any, path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict) or settings.get("version") != ADAPTER_VERSION:
         found = settings.get("version") if isinstance(settings, dict) else None
         raise AdapterError(
@@ -177,8 +214,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     sound = isinstance(rows, list) and all(
         isinstance(row, dict) and row.keys() == keys.keys() and all(isinstance(row[k], kind) for k, kind in keys.items()) for row in rows
     )
-    if not sound or not isinstance(settings.get("model_class"), str):
-        raise AdapterError(f"{path} lacks its sites or model class; the file is damaged. Save the adapter anew.")
+    if not sound or not all(isinstance(settings.get(name), str) for name in ("model_class", "fingerprint")):
+        raise AdapterError(f"{path} lacks its sites, model class or fingerprint; the file is damaged. Save the adapter anew.")
     return settings
 
 

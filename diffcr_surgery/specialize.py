@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from diffcr_surgery.errors import ConfigError, ConversionError
-from diffcr_surgery.ratios import project_to_mean, round_to_bins
 from diffcr_surgery.runtime.convert import state_of
 
 __all__ = ["specialize_"]
@@ -46,8 +45,7 @@ def specialize_(model: torch.nn.Module, budget: float | None = None) -> torch.nn
         raise ConfigError(f"budget={budget!r}: expected the share of token work to keep, in [{lowest:g}, 1].")
     ratios = state.executed_ratios()
     if budget is not None:
-        shifted = project_to_mean(state.ratios(), 1.0 - budget, state.config.max_ratio, state.region_weights)
-        ratios = round_to_bins(shifted, state.config.bins, state.region_weights)
+        ratios = state.budget.round(state.budget.project(state.ratios(), 1.0 - budget))
     dead = [str(row) for row, values in enumerate(ratios) if not values.any() and state.config.gate != "sigmoid"]
     state.ratio_table.requires_grad_(False)
     state.ratio_table.grad = None

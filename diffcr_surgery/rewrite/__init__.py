@@ -24,7 +24,7 @@ from torch import fx
 
 from diffcr_surgery.errors import SurgeryError
 from diffcr_surgery.rewrite import ops
-from diffcr_surgery.rewrite.emit import Decision, RoutedCall, emit_block, emit_site
+from diffcr_surgery.rewrite.emit import SCORES, Decision, RoutedCall, emit_block, emit_site
 from diffcr_surgery.tokens import gather_tokens, scatter_tokens, scatter_tokens_
 from diffcr_surgery.trace.recording import BlockCall, compile_graph
 
@@ -87,6 +87,7 @@ class RouteTokens:
         calls: Block node -> how to route it.
         decisions: Row of the ratio table -> ratio or ratios to run at.
         blocks: Every block node, for gradient checkpointing.
+        checked: Whether the graph ends with a check that all scores are numbers.
     """
 
     def __init__(
@@ -94,10 +95,13 @@ class RouteTokens:
         calls: Mapping[fx.Node, RoutedCall],
         decisions: Mapping[int, Decision],
         blocks: Mapping[fx.Node, BlockCall],
+        *,
+        checked: bool = False,
     ) -> None:
         self.calls = calls
         self.decisions = decisions
         self.blocks = blocks
+        self.checked = checked
 
     def __call__(self, graph: fx.Graph) -> RewriteResult:
         """Return the routed copy of ``graph``."""
@@ -124,6 +128,7 @@ class RouteTokens:
         out = fx.Graph()
         env: dict[fx.Node, fx.Node] = {}
         taken: dict[fx.Node, dict[Any, fx.Node]] = {}
+        scores: dict[str, fx.Node] = {}
         blending = any(self.decisions[call.index].upper is not None for call in self.calls.values())
         wrapped = {node for node, block in self.blocks.items() if block.checkpointed}
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
@@ -134,11 +139,24 @@ class RouteTokens:
             if isinstance(source, fx.Node) and source in taken and None not in taken[source]:
                 env[node] = taken[source][node.args[1]]
             elif node in self.calls or node in wrapped:
+                before = next(reversed(out.nodes))
                 taken[node] = self._site(out, node, env, extra)
+                self._mark(out, before, node)
+                if SCORES in taken[node]:
+                    scores[self.calls[node].path] = taken[node].pop(SCORES)
                 env |= {node: taken[node][None]} if None in taken[node] else {}
             else:
+                if node.op == "output" and self.checked and scores:
+                    out.call_function(ops.check_scores, (tuple(scores), tuple(scores.values())))
                 env[node] = out.node_copy(node, env.__getitem__)
         return RewriteResult(out, bool(self.calls), blending, bool(wrapped))
+
+    def _mark(self, out: fx.Graph, before: fx.Node, node: fx.Node) -> None:
+        """Note on all nodes after ``before`` which site they belong to."""
+        new = next(reversed(out.nodes))
+        while new is not before and node in self.calls:
+            new.meta["site"] = self.calls[node].index
+            new = new.prev
 
     def _site(self, out: fx.Graph, node: fx.Node, env: dict[fx.Node, fx.Node], extra: dict[str, fx.Node]) -> dict[Any, fx.Node]:
         items = used_items(node) or []

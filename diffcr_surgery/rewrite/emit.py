@@ -25,7 +25,9 @@ from diffcr_surgery.tokens import (
     staying_tokens,
 )
 
-__all__ = ["Decision", "RoutedCall", "emit_block", "emit_site"]
+__all__ = ["SCORES", "Decision", "RoutedCall", "emit_block", "emit_site"]
+
+SCORES = object()  # the key, besides the used items of a block's output, under which a site hands out its scores
 
 
 class Decision(NamedTuple):
@@ -54,6 +56,7 @@ class RoutedCall:
         samples: b.
         random: Whether the block draws random numbers.
         gate: Gate form.
+        branches: How a ratio between two bins is run.
     """
 
     index: int
@@ -66,6 +69,7 @@ class RoutedCall:
     samples: int
     random: bool
     gate: str
+    branches: str = "two"
     staying: Spans = ()
     outside: bool = False
     counts: dict[str, str] = field(default_factory=dict)
@@ -90,7 +94,7 @@ def emit_site(
     items: list[int | str],
     decision: Decision,
     region: fx.Node | None,
-) -> dict[int | str | None, fx.Node]:
+) -> dict[Any, fx.Node]:
     """Emit a routed block call.
 
     Args:
@@ -103,15 +107,22 @@ def emit_site(
         region: Node of the samples' regions; needed to blend.
 
     Returns:
-        Node of each used item; the one of the stream has all n tokens.
+        Node of each used item; the one of the stream has all n tokens. Under ``SCORES`` that of the scores, if there is a router.
     """
     emitter = _Site(graph, call, args, kwargs, items, blended=decision.upper is not None)
-    lower = emitter.branch(decision.lower, second=False)
+    results = _run(emitter, decision, region)
+    return results if emitter.raw_scores is None else {**results, SCORES: emitter.raw_scores}
+
+
+def _run(emitter: _Site, decision: Decision, region: fx.Node | None) -> dict[int | str | None, fx.Node]:
+    call, graph = emitter.call, emitter.graph
     if decision.upper is None:
-        return lower
-    upper = emitter.branch(decision.upper, second=True)
+        return emitter.branch(decision.lower)
     table = graph.get_attr("diffcr.ratio_table")
     weight = _named(graph, f"weight_{call.index}", ops.blend_weight, (table, call.index, region, decision.lower, decision.upper))
+    if call.branches == "boundary":
+        return emitter.branch(decision.lower, (decision.upper, weight))
+    lower, upper = emitter.branch(decision.lower), emitter.branch(decision.upper, second=True)
     batch = parse_axes(call.pattern).batch
     return {item: graph.call_function(ops.blend, (lower[item], upper[item], weight, batch)) for item in lower}
 
@@ -128,9 +139,11 @@ class _Site:
         self.items = items
         self.blended = blended
         self.stream = self._find(call.stream)
+        self.raw_scores: fx.Node | None = None
         self._scores: fx.Node | None = None
         self._order: fx.Node | None = None
         self._staying: fx.Node | None = None
+        self._factor: fx.Node | None = None
 
     def _find(self, wanted: str) -> fx.Node:
         found: list[fx.Node] = []
@@ -141,6 +154,7 @@ class _Site:
         if self._scores is None:
             i = self.call.index
             scores = self.graph.create_node("call_module", f"diffcr.routers.{i}", (self.stream,), name=f"scores_{i}")
+            self.raw_scores = scores
             batch = parse_axes(self.call.pattern).batch
             if batch is None:  # packed tokens `n c` are one sample
                 scores = self.graph.call_method("unsqueeze", (scores, 0))
@@ -158,40 +172,60 @@ class _Site:
             self._order = _named(self.graph, f"order_{self.call.index}", rank_tokens, ranked)
         return self._order
 
-    def gated(self, tokens: fx.Node, processed: fx.Node, kept: fx.Node | None) -> fx.Node:
-        """Emit the gate: what the block did is scaled by the scores (of the kept tokens, or of all)."""
-        call, graph, scores = self.call, self.graph, self.scores()
-        if call.staying:
-            scores = graph.call_function(ops.hold_scores, (scores, self.staying(), call.gate))
-        if kept is not None:
-            scores = graph.call_function(ops.take_scores, (scores, kept))
-        base = graph.call_function(torch.zeros_like, (processed,)) if call.outside else tokens
-        return _named(graph, f"gated_{call.index}", ops.gate_update, (base, processed, scores, call.gate, call.pattern))
-
-    def branch(self, ratio: float, *, second: bool) -> dict[int | str | None, fx.Node]:
-        """Emit the block at one ratio."""
+    def factor(self, toward: tuple[float, fx.Node] | None, decided: bool) -> fx.Node:
+        """Emit by how much each token's update counts: its gate, and on the way to a second ratio also the blend."""
         call, graph = self.call, self.graph
-        count = kept_count(ratio, call.tokens, staying_count(call.staying))
+        if self._factor is None:
+            staying = (self.staying(),) if call.staying else ()
+            self._factor = _named(graph, f"factor_{call.index}", ops.gate_factor, (self.scores(), call.gate, *staying))
+        if toward is None:
+            return self._factor
+        ratio, weight = toward
+        arguments = (self._factor, self.order(), self._count(ratio), weight, decided or call.gate == "sigmoid")
+        return _named(graph, f"boundary_{call.index}", ops.boundary_factor, arguments)
+
+    def _count(self, ratio: float) -> int:
+        return kept_count(ratio, self.call.tokens, staying_count(self.call.staying))
+
+    def gated(self, tokens: fx.Node, processed: fx.Node, factor: fx.Node) -> fx.Node:
+        """Emit the gate: what the block did is scaled."""
+        base = self.graph.call_function(torch.zeros_like, (processed,)) if self.call.outside else tokens
+        return _named(self.graph, f"gated_{self.call.index}", ops.gate_update, (base, processed, factor, self.call.pattern))
+
+    def branch(self, ratio: float, toward: tuple[float, fx.Node] | None = None, *, second: bool = False) -> dict[int | str | None, fx.Node]:
+        """Emit the block at one ratio.
+
+        Args:
+            ratio: Share of the tokens that bypass.
+            toward: A higher ratio and the blend weight, if this run is to stand for both (``branches="boundary"``).
+            second: Whether this is the second run of the block.
+        """
+        call, graph = self.call, self.graph
+        count = self._count(ratio)
+        if toward is not None and self._count(toward[0]) == count:
+            toward = None  # so short a stream that both ratios keep the same tokens
         if count == call.tokens:
-            return self._whole(second)
+            return self._whole(toward, second)
         kept = _named(graph, f"kept_{call.index}", keep_tokens, (self.order(), count, *((True,) if call.staying else ())))
         tokens = _named(graph, f"tokens_{call.index}", gather_tokens, (self.stream, kept, call.pattern, call.tokens))
         results = self._run_kept(kept, tokens, second, count)
-        processed = self.gated(tokens, results[call.output], kept)
+        factor = graph.call_function(ops.take_factors, (self.factor(toward, decided=True), kept))
+        processed = self.gated(tokens, results[call.output], factor)
         skip = graph.call_function(torch.zeros_like, (self.stream,)) if call.outside else self.stream
         results[call.output] = _named(graph, f"stream_{call.index}", scatter_tokens, (skip, processed, kept, call.pattern))
         return results
 
-    def _whole(self, second: bool) -> dict[int | str | None, fx.Node]:
-        """Emit the block on all tokens: nothing is decided, so nothing is gathered; only the paper's gate still scales."""
+    def _whole(self, toward: tuple[float, fx.Node] | None, second: bool) -> dict[int | str | None, fx.Node]:
+        """Emit the block on all tokens: nothing is gathered; only the paper's gate, or the blend, still scales."""
         call = self.call
         args, kwargs = self.arguments
-        if call.overwrites and (call.gate == "sigmoid" or self.blended):
+        scaled = call.gate == "sigmoid" or toward is not None
+        if call.overwrites and (scaled or self.blended):
             copied = self.graph.call_method("clone", (self.stream,))
             args, kwargs = map_leaves(self.arguments, lambda path, leaf: copied if path == call.stream else leaf)
         results = self._call(args, kwargs, second)
-        if call.gate == "sigmoid":
-            results[call.output] = self.gated(self.stream, results[call.output], None)
+        if scaled:
+            results[call.output] = self.gated(self.stream, results[call.output], self.factor(toward, decided=False))
         return results
 
     def _run_kept(self, kept: fx.Node, tokens: fx.Node, second: bool, count: int) -> dict[int | str | None, fx.Node]:

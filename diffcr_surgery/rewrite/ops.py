@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from diffcr_surgery._tree import flatten, is_dataclass_value
 from diffcr_surgery.axes import parse_axes
+from diffcr_surgery.errors import NonFiniteError
 from diffcr_surgery.tokens import per_sample
 from diffcr_surgery.trace.recorder import rng_state
 from diffcr_surgery.trace.recording import set_rng_state
@@ -18,12 +20,14 @@ from diffcr_surgery.trace.recording import set_rng_state
 __all__ = [
     "blend",
     "blend_weight",
+    "boundary_factor",
+    "check_scores",
     "checkpointed",
+    "gate_factor",
     "gate_update",
-    "hold_scores",
     "named_item",
     "per_sample_without_random_trace",
-    "take_scores",
+    "take_factors",
     "without_random_trace",
 ]
 
@@ -33,40 +37,81 @@ def named_item(output: Any, name: str) -> Any:
     return getattr(output, name) if is_dataclass_value(output) else output[name]
 
 
-def take_scores(scores: Tensor, kept: Tensor) -> Tensor:
-    """Return the scores of the kept tokens, ``b n`` -> ``b k``."""
-    return scores.gather(1, kept)
+def gate_factor(scores: Tensor, gate: str, staying: Tensor | None = None) -> Tensor:
+    """Return by how much each token's update is scaled, ``b n``.
 
-
-def hold_scores(scores: Tensor, staying: Tensor, gate: str) -> Tensor:
-    """Give tokens that never bypass the score at which their gate is 1: no router decides on them, so none scales them.
+    It is ``2 s`` for ``"doubled_sigmoid"``, ``s`` for ``"sigmoid"`` (the paper's form, section 3.1), and 1 with the gradient of s for
+    ``"straight_through"``.
 
     Args:
-        scores: ``b n``.
-        staying: Which tokens stay, ``b n`` or ``1 n``.
-        gate: Gate form.
-    """
-    return scores.masked_fill(staying, 1.0 if gate == "sigmoid" else 0.5)
-
-
-def gate_update(tokens: Tensor, processed: Tensor, scores: Tensor, gate: str, pattern: str) -> Tensor:
-    """Scale what the block did to each token by the token's score.
-
-    With x the tokens, y what the block made of them and s their scores, the result is x + g (y - x), where g is ``2 s`` for
-    ``"doubled_sigmoid"``, ``s`` for ``"sigmoid"`` (the paper's form, section 3.1), and 1 with the gradient of s for ``"straight_through"``.
-    At g = 1 it is y bit for bit: ``torch.lerp`` computes y - (1 - g)(y - x) there.
-
-    Args:
-        tokens: x, ``b k c`` or another layout.
-        processed: y, same shape.
-        scores: s, ``b k``.
+        scores: s, ``b n``.
         gate: One of the three forms.
-        pattern: Axis pattern of x and y.
+        staying: Which tokens never bypass, ``b n`` or ``1 n``: no router decides on them, so none scales them.
     """
     if gate == "straight_through":
         factor = 1.0 + (scores - scores.detach())
     else:
         factor = 2.0 * scores if gate == "doubled_sigmoid" else scores
+    return factor if staying is None else factor.masked_fill(staying, 1.0)
+
+
+def boundary_factor(factor: Tensor, order: Tensor, count: int, weight: Tensor, decided: bool) -> Tensor:
+    """Return the factors that stand for both runs of a site between two bins, after one run on the larger kept set.
+
+    Kept sets are nested, being the first tokens of one ranking. With w the blend weight and g a token's gate, a token that both bins keep
+    has the update ``(1 - w) g + w g``, one that only the lower ratio keeps ``(1 - w) g + w 0``: one factor a token.
+
+    Args:
+        factor: Gate factors g, ``b n``.
+        order: Ranking, ``b n``.
+        count: Tokens kept at the higher ratio.
+        weight: Blend weights w, ``b`` or one.
+        decided: Whether the lower ratio lets any token bypass; if not, its update is not gated and counts with factor 1.
+
+    Returns:
+        Factors ``b n``; at w = 0 those of the lower ratio, bit for bit.
+    """
+    kept = torch.zeros_like(factor).scatter(1, order[:, :count], 1.0)
+    return torch.lerp(factor if decided else torch.ones_like(factor), kept * factor, weight[:, None])
+
+
+def check_scores(sites: tuple[str, ...], scores: tuple[Tensor, ...]) -> None:
+    """Refuse scores that are no numbers: a ranking of them would choose tokens, and say nothing.
+
+    All sites are looked at together at the end of a run, so that a GPU is waited for once.
+
+    Raises:
+        NonFiniteError: Naming the first site that has such scores.
+    """
+    sums = torch.stack([s.detach().sum() for s in scores])  # scores lie in (0, 1)
+    if bool(sums.isfinite().all()):
+        return
+    broken = [site for site, s in zip(sites, sums.tolist(), strict=True) if not math.isfinite(s)]
+    raise NonFiniteError(
+        f"The router of {broken[0]} gives scores that are no finite numbers"
+        + (f", and so do those of {len(broken) - 1} sites after it" if broken[1:] else "")
+        + ": its weights, or the tokens that enter the block, are not finite. The loss or the learning rate broke training, or the inputs "
+        "are broken; go back to an earlier checkpoint."
+    )
+
+
+def take_factors(factor: Tensor, kept: Tensor) -> Tensor:
+    """Return the factors of the kept tokens, ``b n`` -> ``b k``."""
+    return factor.gather(1, kept)
+
+
+def gate_update(tokens: Tensor, processed: Tensor, factor: Tensor, pattern: str) -> Tensor:
+    """Scale what the block did to each token.
+
+    With x the tokens, y what the block made of them and g their factors, the result is x + g (y - x). At g = 1 it is y bit for bit:
+    ``torch.lerp`` computes y - (1 - g)(y - x) there.
+
+    Args:
+        tokens: x, ``b k c`` or another layout.
+        processed: y, same shape.
+        factor: g, ``b k``.
+        pattern: Axis pattern of x and y.
+    """
     axes = parse_axes(pattern)
     (axis,) = axes.tokens
     shape = [1] * processed.ndim

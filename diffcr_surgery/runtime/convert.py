@@ -11,7 +11,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
@@ -57,6 +57,10 @@ def _subclass(original: type) -> type:
             call = bind_call(own, args, kwargs)
             return answer(self, self.diffcr, call, functools.partial(original.forward, self))  # type: ignore[attr-defined]
 
+        # accelerate takes its mixed-precision wrappers off a model by following `__wrapped__`, and would find the dense forward there.
+        del forward.__wrapped__
+        forward.__signature__ = signature  # type: ignore[attr-defined]
+
         def reduce(self: Any, protocol: Any) -> Any:
             standard: Any = super(converted, self).__reduce_ex__  # type: ignore[arg-type]
             make, args, *rest = standard(protocol)
@@ -79,15 +83,17 @@ def original_class(model: torch.nn.Module) -> type:
 
 
 def state_of(model: torch.nn.Module) -> DiffCRState:
-    """Return ``model.diffcr``.
+    """Return ``model.diffcr``, of the model itself or of the one converted model inside it (DDP, peft, ``torch.compile`` wrap models).
 
     Raises:
-        ConversionError: If the model is not converted.
+        ConversionError: If the model is not converted, or several are inside it.
     """
-    state = getattr(model, "diffcr", None)
-    if not isinstance(state, DiffCRState):
+    states = [module for module in model.modules() if isinstance(module, DiffCRState)]
+    if not states:
         raise ConversionError(f"This {type(model).__name__} is not converted; call convert_(model, plan) first.")
-    return state
+    if len(states) > 1:
+        raise ConversionError(f"This {type(model).__name__} holds {len(states)} converted models; give one of them.")
+    return states[0]
 
 
 def convert_(model: torch.nn.Module, plan_or_inputs: Any, config: DiffCRConfig | None = None) -> torch.nn.Module:
@@ -177,7 +183,18 @@ def restore_(model: torch.nn.Module) -> torch.nn.Module:
         >>> list(restore_(convert_(model, inputs)).state_dict()) == keys
         True
     """
-    state_of(model)
+    if not isinstance(getattr(model, "diffcr", None), DiffCRState):
+        state_of(model)  # says what is wrong, unless the converted model is inside this one
+        raise ConversionError(f"This {type(model).__name__} wraps a converted model; give restore_ the model itself.")
+    own = vars(model).get("forward")
+    if getattr(own, "__func__", None) is type(model).forward:  # accelerate's wrappers are off, and left this behind
+        del model.forward
+    elif own is not None:
+        raise ConversionError(
+            f"{type(model).__name__}.forward was replaced on the object itself after the conversion (accelerate does that for mixed "
+            "precision and offloading); take that back first: accelerator.unwrap_model(model, keep_fp32_wrapper=False), or "
+            "accelerate.hooks.remove_hook_from_module."
+        )
     del model.diffcr
     model.__class__ = original_class(model)
     return model
@@ -205,13 +222,28 @@ def ratio_table(model: torch.nn.Module) -> torch.nn.Parameter:
     return state.ratio_table
 
 
-def ratio_loss(model: torch.nn.Module) -> torch.Tensor:
-    """Return the budget term λ · (mean ρ − target)² of the paper's loss, a scalar to add to the diffusion loss.
+@overload
+def ratio_loss(model: torch.nn.Module) -> torch.Tensor: ...
 
-    The mean is over the whole table, regions weighted by how often inference visits them, so that layers and regions can trade.
+
+@overload
+def ratio_loss(model: torch.nn.Module, *, return_parts: Literal[True]) -> tuple[torch.Tensor, dict[str, float]]: ...
+
+
+def ratio_loss(model: torch.nn.Module, *, return_parts: bool = False) -> torch.Tensor | tuple[torch.Tensor, dict[str, float]]:
+    """Return the budget term λ · (saving − target)² of the paper's loss, a scalar to add to the diffusion loss.
+
+    The saving is that of the whole table, regions weighted by how often inference visits them, so that layers and regions can trade. If
+    tokens are what counts, it is the mean ratio.
+
+    Args:
+        model: A converted model, bare or wrapped.
+        return_parts: Whether to return numbers for a log too: ``ratio_loss``; ``saving`` and ``target_saving``, shares of the blocks' dense
+            cost; ``executed_saving``, that of the bins inference runs at; and ``mean_ratio``.
 
     Raises:
         ConversionError: If the model is not converted.
+        NonFiniteError: If a ratio is no finite number.
 
     Example:
         >>> from diffusers import DiTTransformer2DModel
@@ -222,4 +254,15 @@ def ratio_loss(model: torch.nn.Module) -> torch.Tensor:
         0.012
     """
     state = state_of(model)
-    return state.config.ratio_loss_weight * (state.mean_ratio() - state.config.target_ratio) ** 2
+    saving = state.saving()
+    loss = state.config.ratio_loss_weight * (saving - state.target_saving) ** 2
+    if not return_parts:
+        return loss
+    parts = {
+        "ratio_loss": float(loss),
+        "saving": float(saving),
+        "target_saving": state.target_saving,
+        "executed_saving": float(state.budget.saving(state.executed_ratios())),
+        "mean_ratio": float(state.ratios().mean()),
+    }
+    return loss, parts

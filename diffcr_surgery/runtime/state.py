@@ -7,39 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from diffcr_surgery._shards import assign_, whole
 from diffcr_surgery.config import DiffCRConfig
-from diffcr_surgery.errors import ConversionError
+from diffcr_surgery.errors import ConversionError, NonFiniteError
 from diffcr_surgery.plan import SurgeryPlan
-from diffcr_surgery.ratios import bracket, round_to_bins, weighted_mean
+from diffcr_surgery.ratios import Budget, bracket
 from diffcr_surgery.rewrite import Decision
+from diffcr_surgery.router import Router
 from diffcr_surgery.trace.recording import Recordings
 
-__all__ = ["DiffCRState", "Router"]
-
-
-class Router(nn.Module):
-    """Scores how much each token needs the block: one linear map C -> 1 without bias, then a sigmoid (paper, section 3.1).
-
-    Args:
-        width: C.
-
-    The weight starts at zero, so that all scores are 1/2 and the doubled gate is 1. It is no ``nn.Linear``: adapters that are added
-    to every linear layer of a model pass it by.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1, width))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return the scores ``b n`` of tokens ``b n c``, in (0, 1) and float32."""
-        return functional.linear(tokens, self.weight.to(tokens.dtype)).squeeze(-1).float().sigmoid()
-
-    def extra_repr(self) -> str:
-        """Show the width."""
-        return f"width={self.weight.shape[1]}"
+__all__ = ["DiffCRState"]
 
 
 class DiffCRState(nn.Module):
@@ -49,6 +27,8 @@ class DiffCRState(nn.Module):
         plan: The plan the model was converted by.
         routers: Row of the table, as a string -> :class:`Router`.
         ratio_table: The learnable ratios, one row a routed site, one column a timestep region, cleanest first.
+        site_costs: Share of the dense model's cost that each site takes at each reachable bin, ``l m``.
+        splittings: Names of a call's arguments -> how calls with these are cut into samples.
         specialized: Whether :func:`diffcr_surgery.specialize_` has fixed the ratios.
     """
 
@@ -60,6 +40,10 @@ class DiffCRState(nn.Module):
         self.routers = nn.ModuleDict({str(i): Router(site.width) for i, site in enumerate(plan.routed_sites)})
         shape = (len(plan.routed_sites), plan.regions.count)
         self.ratio_table = nn.Parameter(torch.full(shape, float(self.config.initial_ratio)), requires_grad=self.config.learn_ratios)
+        self.site_costs: Tensor
+        self.register_buffer("site_costs", torch.tensor(plan.site_costs))
+        known = plan.splitting.lists is not None or bool(plan.splitting.refusal)
+        self.splittings = {plan.splitting.given: plan.splitting} if known else {}
         self._rounded: tuple[tuple[float, ...], Tensor] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -79,34 +63,43 @@ class DiffCRState(nn.Module):
         return self.plan.config
 
     @property
-    def region_weights(self) -> Tensor:
-        """How often inference visits each region, ``r``, summing to 1."""
-        return torch.full((self.plan.regions.count,), 1.0 / self.plan.regions.count)
+    def budget(self) -> Budget:
+        """What the ratios save."""
+        weights = self.config.region_weights or (1.0,) * self.plan.regions.count
+        shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+        return Budget(self.config.reachable_bins, self.site_costs.double().cpu(), shares, self.config.max_ratio)
+
+    @property
+    def target_saving(self) -> float:
+        """The share of the blocks' dense cost to be saved."""
+        if self.config.target_share is not None:
+            return (1.0 - self.config.target_share) / float(self.site_costs[:, 0].sum())
+        return float(self.budget.saving(torch.full(self.ratio_table.shape, self.config.target_ratio, dtype=torch.float64)))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> DiffCRState:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # A ratio moves by thousandths a step; half precision would swallow that, so the table follows the device alone.
         if self.ratio_table.dtype != torch.float32:
             self.ratio_table.data = self.ratio_table.data.float()
+        self.site_costs = self.site_costs.float()
         return self
 
     def ratios(self) -> Tensor:
         """Return the table as it counts, on the CPU: finite and within ``[0, max_ratio]``; the parameter itself is brought there.
 
         Raises:
-            ConversionError: If an entry is not finite.
+            NonFiniteError: If an entry is not finite.
         """
-        table = self.ratio_table.detach()
-        values = table.cpu()
+        values = whole(self.ratio_table.detach()).float().cpu()
         if not bool(values.isfinite().all()):
             rows = sorted({int(row) for row in (~values.isfinite()).nonzero()[:, 0]})
             names = [self.plan.routed_sites[row].path for row in rows]
-            raise ConversionError(
+            raise NonFiniteError(
                 f"The ratios of {names} are not finite; the loss or the learning rate broke training. Load an earlier adapter."
             )
         bounded = values.clamp(0.0, self.config.max_ratio)
         if not torch.equal(bounded, values):
-            self.ratio_table.data.copy_(bounded)  # a projection after the step: clamping inside the graph would stop the gradient
+            assign_(self.ratio_table.data, bounded)  # a projection after the step: clamping inside the graph would stop the gradient
         return bounded
 
     def executed_ratios(self) -> Tensor:
@@ -114,7 +107,7 @@ class DiffCRState(nn.Module):
         values = self.ratios()
         key = tuple(values.flatten().tolist())
         if self._rounded is None or self._rounded[0] != key:
-            self._rounded = (key, round_to_bins(values, self.config.bins, self.region_weights))
+            self._rounded = (key, self.budget.round(values))
         return self._rounded[1]
 
     def decisions(self, region: int) -> tuple[Decision, ...]:
@@ -122,14 +115,12 @@ class DiffCRState(nn.Module):
         if not self.training or self.specialized or not self.config.learn_ratios:
             return tuple(Decision(self._bin(value)) for value in self.executed_ratios()[:, region].tolist())
         # At its upper bound a ratio lies between the last two bins in reach; beyond it there is nothing to learn from.
-        top = next(i for i, b in enumerate(self.config.bins) if b >= self.config.max_ratio - 1e-6)
-        bins = self.config.bins[: max(top, 1) + 1]
-        return tuple(Decision(*bracket(value, bins)) for value in self.ratios()[:, region].tolist())
+        return tuple(Decision(*bracket(value, self.config.reachable_bins)) for value in self.ratios()[:, region].tolist())
 
     def _bin(self, value: float) -> float:
         return min(self.config.bins, key=lambda b: abs(b - value))
 
-    def mean_ratio(self) -> Tensor:
-        """Return the weighted mean of the table, with gradient; what a step pushed out of range counts as the bound it crossed."""
+    def saving(self) -> Tensor:
+        """Return what the table saves, with gradient; what a step pushed out of range counts as the bound it crossed."""
         self.ratios()
-        return weighted_mean(self.ratio_table, self.region_weights)
+        return self.budget.saving(whole(self.ratio_table))

@@ -21,6 +21,7 @@ from tests.models import Case, Size, output
 
 SPOTS = 12  # timesteps are drawn from the middles of so many parts of the range: no region of 1, 2, 3, 4 or 6 cuts one
 GATES = ("doubled_sigmoid", "straight_through", "sigmoid")
+BRANCHES = ("two", "boundary")
 BINS = tuple(tenths / 10 for tenths in range(10))
 
 # Each example converts a model or two, so the laws take a share of the profile's examples.
@@ -50,6 +51,7 @@ class Scenario:
     gate: str
     table: tuple[tuple[float, ...], ...]
     seed: int
+    branches: str = "two"
 
     @property
     def batch(self) -> int:
@@ -72,7 +74,9 @@ class Scenario:
 
     def config(self, **changes: Any) -> dcs.DiffCRConfig:
         """Write the configuration, with the timestep range of the class."""
-        drawn = {"timestep_regions": self.regions, "gate": self.gate, "timestep_range": self.case.timestep_range}
+        drawn = {
+            "timestep_regions": self.regions, "gate": self.gate, "timestep_range": self.case.timestep_range, "branches": self.branches,
+        }  # fmt: skip
         return dcs.DiffCRConfig(**{"target_ratio": 0.3} | drawn | changes)
 
     def convert(self, model: nn.Module, *, trained: bool = True, **changes: Any) -> nn.Module:
@@ -95,7 +99,7 @@ class Scenario:
 @st.composite
 def scenarios(
     draw: st.DrawFn, case: Case, *, ratios: st.SearchStrategy[float] | None = None, min_tokens: int = 1,
-    gates: Sequence[str] = GATES, same_region: bool = False,
+    gates: Sequence[str] = GATES, branches: Sequence[str] = BRANCHES, same_region: bool = False,
 ) -> Scenario:  # fmt: skip
     """Draw a scenario of a case.
 
@@ -105,6 +109,7 @@ def scenarios(
         ratios: Strategy of the table's entries, by default bins and values between bins.
         min_tokens: Shortest stream. From ten tokens on, every bin keeps another number of tokens.
         gates: Gate forms to choose from.
+        branches: Ways to run a ratio between two bins to choose from.
         same_region: Whether all samples share their timestep region.
     """
     grids = [grid for grid in case.sizes if grid.tokens >= min_tokens]
@@ -123,7 +128,7 @@ def scenarios(
     table = draw(st.lists(st.tuples(*[entries] * regions), min_size=len(case.sites), max_size=len(case.sites)))
     return Scenario(
         case, size, other, draw(st.sampled_from([16, 24])), regions, tuple(spots), draw(st.sampled_from(gates)),
-        tuple(table), draw(st.integers(0, 999)),
+        tuple(table), draw(st.integers(0, 999)), draw(st.sampled_from(branches)),
     )  # fmt: skip
 
 
@@ -154,22 +159,23 @@ def bracket(ratio: float, tokens: int) -> list[Branch]:
     return [Branch(1 - share, kept_count(low / 10, tokens)), Branch(share, kept_count((low + 1) / 10, tokens))]
 
 
-def route_by_hand(model: nn.Module, case: Case, weights: list[Tensor], ways: list[list[Branch]], gate: str) -> None:
+def route_by_hand(model: nn.Module, case: Case, weights: list[Tensor], ways: list[list[Branch]], gate: str, branches: str = "two") -> None:
     """Make every site of an unconverted model route its tokens, in the plainest way there is: for a batch of one.
 
     Args:
         model: A model of its own, changed for good.
         case: Its case, which says what moves with the tokens.
         weights: Router weight of each site.
-        ways: The branches of each site.
+        ways: The branches of each site, the one that keeps more first.
         gate: Gate form.
+        branches: Whether each branch is a run of its own, or all are told from the first run.
     """
-    for (path, _), weight, branches in zip(case.sites, weights, ways, strict=True):
+    for (path, _), weight, ways_here in zip(case.sites, weights, ways, strict=True):
         block = model.get_submodule(path)
-        block.forward = _site(block.forward, case, weight.detach().reshape(-1), branches, gate)
+        block.forward = _site(block.forward, case, weight.detach().reshape(-1), ways_here, gate, branches)
 
 
-def _site(forward: Callable[..., Any], case: Case, weight: Tensor, branches: list[Branch], gate: str) -> Any:
+def _site(forward: Callable[..., Any], case: Case, weight: Tensor, ways: list[Branch], gate: str, branches: str) -> Any:
     signature = inspect.signature(forward)
 
     def routed(*args: Any, **kwargs: Any) -> Any:
@@ -177,16 +183,20 @@ def _site(forward: Callable[..., Any], case: Case, weight: Tensor, branches: lis
         stream = bound.arguments[case.stream]
         scores = torch.sigmoid(stream @ weight)
         results = []
-        for branch in branches:
-            kept = _clear_choice(scores, branch.count)
+        for share, runs in [(way.weight, [way._replace(weight=1.0)]) for way in ways] if branches == "two" else [(1.0, ways)]:
+            kept = _clear_choice(scores, runs[0].count)
             length = stream.shape[1]
             given = {name: _gather(value, case.moved.get(name), kept, length) for name, value in bound.arguments.items()}
             result = forward(**given | {case.stream: stream[:, kept]})
             text, tokens = result if isinstance(result, tuple) else (None, result)
-            factor = _factor(scores[:, kept], gate) if branch.count < length or gate == "sigmoid" else 1.0
+            factor = torch.zeros_like(scores)[..., None]
+            for way in runs:
+                own = _clear_choice(scores, way.count)
+                gates = _factor(scores[:, own], gate) if way.count < length or gate == "sigmoid" else 1.0
+                factor[:, own] += way.weight * gates
             out = stream.clone()
-            out[:, kept] = tokens + (factor - 1) * (tokens - stream[:, kept])
-            results.append((branch.weight, text, out))
+            out[:, kept] = tokens + (factor[:, kept] - 1) * (tokens - stream[:, kept])
+            results.append((share, text, out))
         tokens = sum(share * out for share, _, out in results)
         if not isinstance(result, tuple):
             return tokens
@@ -233,7 +243,7 @@ def by_hand(scenario: Scenario, trained: nn.Module, ratios: Callable[[int, int],
     for index, region in enumerate(scenario.sample_regions):
         model = scenario.original(label_dropout=False)
         ways = [ratios(site, region) for site in range(len(weights))]
-        route_by_hand(model, scenario.case, weights, ways, scenario.gate)
+        route_by_hand(model, scenario.case, weights, ways, scenario.gate, scenario.branches)
         rows.append(output(model(**scenario.case.sample(scenario.inputs(model), index))))
     return torch.cat(rows)
 

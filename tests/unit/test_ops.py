@@ -15,10 +15,10 @@ from diffcr_surgery.rewrite.ops import (
     blend,
     blend_weight,
     checkpointed,
+    gate_factor,
     gate_update,
-    hold_scores,
     named_item,
-    take_scores,
+    take_factors,
     without_random_trace,
 )
 
@@ -44,7 +44,7 @@ def drawn(pattern: str) -> tuple[Tensor, Tensor, Tensor]:
 
 def test_scores_of_the_kept_tokens() -> None:
     scores = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]], requires_grad=True)
-    taken = take_scores(scores, torch.tensor([[2, 0], [1, 2]]))
+    taken = take_factors(scores, torch.tensor([[2, 0], [1, 2]]))
     assert torch.equal(taken, torch.tensor([[0.3, 0.1], [0.5, 0.6]]))
     taken.sum().backward()
     assert scores.grad is not None and scores.grad.tolist() == [[1, 0, 1], [0, 1, 1]]
@@ -60,15 +60,15 @@ def test_gate_of_one_is_exact(gate: str, score: float, dtype: torch.dtype) -> No
     tokens, processed = (torch.randn(2, 500, 4) * torch.logspace(-6, 4, 4)).to(dtype), torch.randn(2, 500, 4).to(dtype)
     if dtype != torch.float64:
         assert not torch.equal(tokens + (processed - tokens), processed)
-    assert torch.equal(gate_update(tokens, processed, torch.full((2, 500), score), gate, "b n c"), processed)
+    assert torch.equal(gate_update(tokens, processed, gate_factor(torch.full((2, 500), score), gate), "b n c"), processed)
 
 
 @pytest.mark.parametrize("gate", GATES)
 def test_no_gate_scales_tokens_that_stay(gate: str) -> None:
     tokens, processed, scores = torch.randn(2, 5, 4), torch.randn(2, 5, 4), torch.rand(2, 5)
     staying = torch.tensor([[True, False, False, True, False]])
-    got = gate_update(tokens, processed, hold_scores(scores, staying, gate), gate, "b n c")
-    free = gate_update(tokens, processed, scores, gate, "b n c")
+    got = gate_update(tokens, processed, gate_factor(scores, gate, staying), "b n c")
+    free = gate_update(tokens, processed, gate_factor(scores, gate), "b n c")
     assert torch.equal(got[:, [0, 3]], processed[:, [0, 3]]) and torch.equal(got[:, [1, 2, 4]], free[:, [1, 2, 4]])
 
 
@@ -85,7 +85,7 @@ def test_items_are_taken_by_name_from_dataclasses_and_dicts() -> None:
 def test_gate_scales_each_tokens_update_by_its_own_score(gate: str, pattern: str) -> None:
     tokens, processed, scores = drawn(pattern)
     words = pattern.split()
-    got = gate_update(tokens, processed, scores, gate, pattern)
+    got = gate_update(tokens, processed, gate_factor(scores, gate), pattern)
     for sample in range(len(scores)):
         for token in range(5):
             at = tuple(sample if w == "b" else token if w == "n" else slice(None) for w in words)
@@ -96,15 +96,15 @@ def test_gate_scales_each_tokens_update_by_its_own_score(gate: str, pattern: str
 def test_gate_of_a_square_batch_is_not_turned() -> None:
     """As many samples as tokens: only the pattern tells the axes apart."""
     tokens, processed, scores = torch.randn(3, 3, 2), torch.randn(3, 3, 2), torch.rand(3, 3)
-    turned = gate_update(tokens.transpose(0, 1), processed.transpose(0, 1), scores, "sigmoid", "n b c")
-    assert torch.equal(turned.transpose(0, 1), gate_update(tokens, processed, scores, "sigmoid", "b n c"))
+    turned = gate_update(tokens.transpose(0, 1), processed.transpose(0, 1), scores, "n b c")
+    assert torch.equal(turned.transpose(0, 1), gate_update(tokens, processed, scores, "b n c"))
 
 
 @pytest.mark.parametrize("gate", GATES)
 def test_gate_passes_gradients_to_scores_tokens_and_update(gate: str) -> None:
     tokens, processed, scores = (t.double().requires_grad_() for t in drawn("b n c"))
     weight = torch.randn(3, 5, 4, dtype=torch.float64)
-    (gate_update(tokens, processed, scores, gate, "b n c") * weight).sum().backward()
+    (gate_update(tokens, processed, gate_factor(scores, gate), "b n c") * weight).sum().backward()
     factor = FACTOR[gate](scores.detach())[..., None]  # type: ignore[no-untyped-call]
     assert scores.grad is not None and tokens.grad is not None and processed.grad is not None
     assert torch.allclose(scores.grad, SLOPE[gate] * (weight * (processed - tokens).detach()).sum(-1))
@@ -117,7 +117,7 @@ def test_gate_answers_in_the_blocks_precision(stream: torch.dtype) -> None:
     """Under autocast the block's is lower than the stream's."""
     tokens, processed = torch.randn(1, 5, 4).to(stream), torch.randn(1, 5, 4).bfloat16()
     scores = torch.rand(1, 5, requires_grad=True)  # routers score in single precision
-    got = gate_update(tokens, processed, scores, "doubled_sigmoid", "b n c")
+    got = gate_update(tokens, processed, 2 * scores, "b n c")
     assert got.dtype == torch.bfloat16
     got.float().sum().backward()
     assert scores.grad is not None and scores.grad.dtype == torch.float32 and bool(scores.grad.any())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffcr_surgery.config import DEFAULT_BINS
-from diffcr_surgery.ratios import bracket, project_to_mean, round_to_bins, weighted_mean
+from diffcr_surgery.ratios import Budget, bracket
 
 SLACK = 1e-6  # single precision holds a ratio no better
 QUARTERS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -33,6 +33,19 @@ def tables(draw: st.DrawFn, top: float = 0.9) -> Tensor:
 def weights(draw: st.DrawFn, regions: int) -> Tensor:
     raw = torch.tensor(draw(st.lists(st.integers(1, 9), min_size=regions, max_size=regions)), dtype=torch.float64)
     return raw / raw.sum()
+
+
+def round_to_bins(table: Tensor, bins: tuple[float, ...], share: Tensor) -> Tensor:
+    return Budget.of_tokens(len(table), bins, share, bins[-1]).round(table)
+
+
+def project_to_mean(table: Tensor, mean: float, top: float, share: Tensor) -> Tensor:
+    return Budget.of_tokens(len(table), DEFAULT_BINS, share, top).project(table, mean)
+
+
+def weighted_mean(table: Tensor, share: Tensor) -> Tensor:
+    """What a budget of tokens saves."""
+    return Budget.of_tokens(len(table), DEFAULT_BINS, share, 0.9).saving(table)
 
 
 def uniform(table: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 import diffcr_surgery as dcs
-from diffcr_surgery.errors import AlignmentError, ConversionError, NoRoutableBlockError
+from diffcr_surgery.errors import AlignmentError, ConversionError, NonFiniteError, NoRoutableBlockError
 from tests.models import CASES, Size, output
 
 WIDTH = 8
@@ -254,8 +254,26 @@ def test_a_ratio_that_is_no_number_names_its_site():
     model = converted()
     with torch.no_grad():
         dcs.ratio_table(model)[1, 0] = float("nan")
-    with pytest.raises(ConversionError, match=r"blocks\.1"):
+    with pytest.raises(NonFiniteError, match=r"blocks\.1"):
         model(**inputs())
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_scores_that_are_no_number_name_their_site(training, poison):
+    """Whether the router is broken or the tokens are, no top-k is taken over NaN in silence."""
+    model = converted(initial_ratio=0.5).train(training)
+    with torch.no_grad():
+        model.diffcr.routers["1"].weight[0, 0] = poison
+    with pytest.raises(NonFiniteError, match=r"The router of blocks\.1 gives"):
+        model(**inputs())
+    with torch.no_grad():
+        model.diffcr.routers["1"].weight.zero_()
+    model(**inputs())
+    broken = inputs()
+    next(t for t in broken.values() if t.is_floating_point() and t.ndim > 1)[0, 0] = poison
+    with pytest.raises(NonFiniteError, match=r"The router of blocks\.0 gives"):
+        model(**broken)
 
 
 def test_blocks_can_be_left_out():
@@ -316,9 +334,10 @@ def test_inputs_shared_by_the_batch_are_told_from_samples(name, training):
     model = case.build(0, size=size).train(training)
     given = case.inputs(model, 3, 0, size=size)
     state = torch.get_rng_state()
-    plan = dcs.plan(model, given)
+    plan = dcs.plan(model, given, dcs.DiffCRConfig(timestep_regions=2, timestep_range=case.timestep_range))
     assert torch.equal(state, torch.get_rng_state())
-    tables = {name for name in plan.shared_inputs if not name.startswith("added_cond")}
+    assert not plan.splitting.refusal
+    tables = {name for name in plan.splitting.shared if not name.startswith("added_cond")}
     assert {name.split(".")[0] for name in tables} == {"flux": {"img_ids", "txt_ids"}, "hunyuan": {"image_rotary_emb"}, "pixart": set()}[
         name
     ]

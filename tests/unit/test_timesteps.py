@@ -70,6 +70,9 @@ def test_timesteps_out_of_range_are_refused(timestep: float) -> None:
         (torch.tensor([900, 100, 600]), [3, 0, 2]),
         (torch.tensor([900.0, 100.0], dtype=torch.bfloat16), [3, 0]),
         (torch.tensor([[900.0], [100.0]]), [3, 0]),
+        (torch.tensor([[900], [100]]), [3, 0]),
+        (torch.tensor(300.5), [1]),
+        (torch.tensor([999, 0, 249, 250], dtype=torch.int32), [3, 0, 0, 1]),
         (torch.tensor([[900, 800], [10, 240]]), [3, 0]),  # tokens with timesteps of their own, all in one region
         (torch.tensor([[[900.0, 751.0]]], requires_grad=True), [3]),
     ],
@@ -77,6 +80,23 @@ def test_timesteps_out_of_range_are_refused(timestep: float) -> None:
 )
 def test_one_region_a_sample_whatever_the_form(value: Any, wanted: list[int]) -> None:
     assert FOUR.of_call(MODEL, {"timestep": value}) == wanted
+
+
+@pytest.mark.parametrize(
+    ("high", "value", "wanted"),
+    [
+        (1.0, 0.3, [1]),
+        (1.0, 1, [3]),
+        (1.0, torch.tensor(0.3), [1]),
+        (1.0, torch.tensor([0.9, 0.1]), [3, 0]),
+        (1.0, torch.tensor([[0.9], [0.5]], dtype=torch.float16), [3, 2]),
+        (80.0, torch.tensor([0.002, 79.9]), [0, 3]),
+        (14.6, 7.4, [2]),
+    ],
+    ids=repr,
+)
+def test_flow_times_and_sigmas(high: float, value: Any, wanted: list[int]) -> None:
+    assert TimestepRegions(4, "sigma", 0.0, high).of_call(MODEL, {"sigma": value}) == wanted
 
 
 def test_timesteps_per_token_in_several_regions_are_refused_by_name() -> None:

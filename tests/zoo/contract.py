@@ -1,5 +1,6 @@
 """The contract that every model of the zoo, diffusers' or hand-written, is put through."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffcr_surgery as dcs
+from diffcr_surgery.errors import NoRoutableBlockError, TimestepError
 from diffcr_surgery.tokens import kept_count
-from tests.zoo.entry import Entry, tensors
+from tests.zoo.entry import Entry, sample, tensors
 
 
 def same(one: Any, other: Any) -> bool:
@@ -136,3 +138,78 @@ def others_run_and_restore_gives_the_model_back(entry: Entry) -> None:
         assert type(model) is type(twin) and list(model.state_dict()) == list(twin.state_dict())
         fresh = entry.inputs(seed=4)
         assert same(model(**fresh), twin(**fresh))
+
+
+# Samples in the regions 3, 0 and 1 of 4. In training the first and the last lie between the same two bins, and run together.
+PLACES, BINS, BETWEEN = (0.9, 0.1, 0.4), (0.6, 0.4, 0.0, 0.2), (0.64, 0.26, 0.0, 0.23)
+
+
+def in_several_regions(entry: Entry, batch: int, planned: int) -> tuple[nn.Module, dict[str, Any], torch.Tensor]:
+    """A model converted with four regions, a call whose samples lie in three of them, and their timesteps."""
+    model, inputs = entry.build(), entry.inputs(batch)
+    low, high = entry.timestep_range
+    settings = {"timestep_argument": entry.timestep} if entry.timestep else {}
+    dcs.convert_(model, entry.inputs(planned), dcs.DiffCRConfig(timestep_regions=4, timestep_range=(low, high), **settings))
+    given = inputs.get(entry.timestep, torch.zeros(batch))
+    times = (low + (high - low) * torch.tensor(PLACES * len(given))[: len(given)]).to(given)
+    if entry.timestep:
+        inputs[entry.timestep] = times.reshape(-1, *[1] * (given.ndim - 1)).expand_as(given).contiguous()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        for router in model.diffcr.routers.values():
+            nn.init.normal_(router.weight, std=0.5)
+    set_ratios(model, BINS)
+    return model, inputs, times
+
+
+def set_ratios(model: nn.Module, regions: tuple[float, ...]) -> None:
+    """Give every region a ratio of its own, and every site another one."""
+    table = dcs.ratio_table(model)
+    with torch.no_grad():
+        for row in range(len(table)):
+            table[row] = torch.tensor(regions) + (row % 3) / 10
+
+
+def run(model: nn.Module, entry: Entry, inputs: dict[str, Any], times: torch.Tensor) -> Any:
+    """Call the model; where its forward takes no timestep, tell it."""
+    with contextlib.nullcontext() if entry.timestep else dcs.at_timestep(model, times):
+        return model(**inputs)
+
+
+def mixed_timesteps_equal_single_samples(entry: Entry, planned: int = 3) -> None:
+    """Outputs at inference; outputs, and gradients of weights, routers and ratios, in training; planned with that many samples."""
+    model, inputs, times = in_several_regions(entry, 3, planned)
+    precision = 50 if entry.rounds else 1
+    for training in (False,) if entry.flex else (False, True):
+        model.diffcr.train(training)  # the model itself goes on evaluating: dropout draws other numbers for another batch
+        set_ratios(model, BETWEEN if training else BINS)
+        with torch.set_grad_enabled(training):
+            together = run(model, entry, inputs, times)
+            noise = [torch.randn_like(t) for t in tensors(sample(together, 0, 3))]
+            losses = []
+            for i in range(3):
+                own = tensors(sample(together, i, 3))
+                alone = tensors(run(model, entry, sample(inputs, i, 3, entry.shared), times[i : i + 1]))
+                for one, other in zip(own, alone, strict=True):
+                    torch.testing.assert_close(one, other, atol=precision * 2e-5 * max(1.0, float(other.detach().abs().max())), rtol=1e-5)
+                losses.append([*map(weighted, (own, alone), (noise, noise))])
+        if not training:
+            continue
+        weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        ours, theirs = (torch.autograd.grad(sum(column), weights.values(), allow_unused=True) for column in zip(*losses, strict=True))
+        # What is zero but for rounding, such as the gradient of a key's bias, is measured by the others.
+        floor = 1e-6 * max(float(g.abs().max()) for g in theirs if g is not None)
+        for name, one, other in zip(weights, ours, theirs, strict=True):
+            assert (one is None) == (other is None), name
+            error = 0.0 if one is None else float((one - other).abs().max())
+            assert error <= floor + precision * 2e-4 * (0.0 if other is None else float(other.abs().max())), (name, error)
+
+
+def weighted(outputs: list[torch.Tensor], noise: list[torch.Tensor]) -> torch.Tensor:
+    return sum((t * n).sum() for t, n in zip(outputs, noise, strict=True))
+
+
+def mixed_timesteps_are_refused(entry: Entry, planned: int, text: str) -> None:
+    with torch.no_grad(), pytest.raises((TimestepError, NoRoutableBlockError), match=text):
+        model, inputs, times = in_several_regions(entry, 3, planned)
+        run(model, entry, inputs, times)

@@ -30,6 +30,8 @@ class Entry:
         timestep: Name of the timestep argument, `None` where forward takes an embedding or nothing.
         timestep_range: Its lowest and highest value.
         flex: Whether it knows flex attention alone, which on a CPU has no gradients, and whose FLOPs are not counted.
+        shared: Paths of inputs that belong to a batch as a whole, where their length may be that of the batch.
+        rounds: Whether it rounds to bfloat16 inside, whatever its dtype.
         warns: Beginnings of the warnings the class gives by itself.
     """
 
@@ -42,6 +44,8 @@ class Entry:
     timestep: str | None = "timestep"
     timestep_range: tuple[float, float] = (0.0, 1000.0)
     flex: bool = False
+    shared: tuple[str, ...] = ()
+    rounds: bool = False
     warns: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
@@ -76,6 +80,20 @@ def entry(
         return into[name]
 
     return add
+
+
+def sample(tree: Any, index: int, batch: int, shared: tuple[str, ...] = (), path: str = "") -> Any:
+    """Cut one sample out of inputs or outputs: rows of tensors and entries of lists, if there are as many as samples."""
+    if path in shared:
+        return tree
+    if isinstance(tree, Tensor):
+        return tree[index : index + 1] if tree.ndim and len(tree) == batch else tree
+    if isinstance(tree, list) and len(tree) == batch:
+        return [tree[index]]
+    below = lambda key, value: sample(value, index, batch, shared, f"{path}.{key}" if path else str(key))  # noqa: E731
+    if isinstance(tree, dict):
+        return {key: below(key, value) for key, value in tree.items()}
+    return type(tree)(below(i, value) for i, value in enumerate(tree)) if isinstance(tree, list | tuple) else tree
 
 
 def tensors(tree: Any) -> list[Tensor]:

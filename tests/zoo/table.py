@@ -87,6 +87,19 @@ DENSE = {
     "WanAnimate2Transformer3DModel": _NO_SET,  # rotary positions counted inside attention, from the grid's size
 }
 
+# Routed classes whose samples cannot run one by one -> what a call with timesteps of several regions says. Only batch axis 0 and list
+# entries are samples.
+_RAISES = "one sample alone made the model raise "
+NOT_SPLIT = {
+    "AnyFlowFARTransformer3DModel": _RAISES + "RuntimeError: Sizes of tensors must match",  # the batch is axis 1 of its cache
+    "Cosmos3OmniTransformer": "none of its inputs can be split into samples",  # one packed sequence; a timestep a token
+    "HiDreamImageTransformer2DModel": _RAISES + "IndexError: index 2 is out of bounds",  # the batch is axis 1 of the Llama states
+    "MiniMaxH3Transformer3DModel": "none of its inputs can be split into samples",  # a timestep a noise level, not one a sample
+    "OmniGenTransformer2DModel": "one sample alone gave another output",  # a dict says by number which sample has an image
+    "QwenImage21Transformer2DModel": "its tokens are no set",  # a batch cannot even be routed, see test_zoo.py
+    "TransformerTemporalModel": "none of its inputs can be split into samples",  # axis 0 is samples times frames
+}
+
 # Model classes of the package that denoise nothing -> why.
 NO_DENOISERS = {
     "MiniMaxMusic3RVQDepthDecoder": "an autoregressive language model over codebooks: no noise, no timestep",

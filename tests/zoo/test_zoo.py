@@ -7,16 +7,18 @@ stream that never do (text, registers, conditions). A class that diffusers adds 
 import importlib
 import inspect
 import pkgutil
+from dataclasses import replace
 
 import diffusers.models.transformers
 import pytest
+import torch
 from diffusers import ModelMixin
 
 import diffcr_surgery as dcs
-from diffcr_surgery.errors import NoRoutableBlockError
+from diffcr_surgery.errors import NoRoutableBlockError, TimestepError
 from tests.zoo import contract, denoisers  # noqa: F401 - fills the zoo
 from tests.zoo.entry import ZOO, Entry
-from tests.zoo.table import DENSE, NO_DENOISERS, SITES
+from tests.zoo.table import DENSE, NO_DENOISERS, NOT_SPLIT, SITES
 
 every_class = pytest.mark.parametrize("entry", ZOO.values(), ids=ZOO)
 routed_classes = pytest.mark.parametrize("entry", [ZOO[name] for name in SITES], ids=SITES)
@@ -80,6 +82,42 @@ def test_gradients_reach_every_router_and_ratio(entry: Entry) -> None:
 @routed_classes
 def test_others_run_and_restore_gives_the_model_back(entry: Entry) -> None:
     contract.others_run_and_restore_gives_the_model_back(entry)
+
+
+@pytest.mark.parametrize("entry", [ZOO[name] for name in SITES if name not in NOT_SPLIT], ids=lambda e: e.name)
+def test_mixed_timesteps_equal_single_samples(entry: Entry) -> None:
+    contract.mixed_timesteps_equal_single_samples(entry)
+
+
+@pytest.mark.parametrize("planned", [1, 2])
+@pytest.mark.parametrize(
+    "name", ["LatteTransformer3DModel", "NucleusMoEImageTransformer2DModel", "T5FilmDecoder", "ZImageTransformer2DModel"]
+)
+def test_mixed_timesteps_of_more_samples_than_planned(name: str, planned: int) -> None:
+    contract.mixed_timesteps_equal_single_samples(ZOO[name], planned)
+
+
+def test_mixed_timesteps_of_tokens() -> None:
+    """Wan 2.2 gives every token its timestep: one region a sample is split, several in one sample are refused."""
+    wan = ZOO["WanTransformer3DModel"]
+    entry = replace(wan, example=lambda batch, rows: wan.example(batch, rows) | {"timestep": torch.full((batch, 10 * rows), 300.0)})
+    contract.mixed_timesteps_equal_single_samples(entry)
+    model, inputs, _ = contract.in_several_regions(entry, 2, 2)
+    inputs["timestep"][1, 5:] = 0
+    inputs["timestep"][1, :5] = 999
+    with pytest.raises(TimestepError, match=r"One sample holds timesteps of several regions \(a timestep per token\)"):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("entry", [ZOO[name] for name in NOT_SPLIT], ids=NOT_SPLIT)
+def test_mixed_timesteps_that_cannot_be_split_are_refused(entry: Entry) -> None:
+    contract.mixed_timesteps_are_refused(entry, 3, NOT_SPLIT[entry.name])
+
+
+@pytest.mark.parametrize("entry", [ZOO[name] for name in NOT_SPLIT if name != "QwenImage21Transformer2DModel"], ids=lambda e: e.name)
+def test_mixed_timesteps_are_refused_where_one_sample_was_planned_with(entry: Entry) -> None:
+    """That a batch cannot be split shows at the first call that would need it. (Single samples of Qwen-Image 2.1 can run.)"""
+    contract.mixed_timesteps_are_refused(entry, 1, "lie in several timestep regions and have to run apart, but")
 
 
 def test_rows_shared_by_a_batch_that_no_sample_owns_are_named() -> None:

@@ -36,6 +36,7 @@ def grid_ids(*sizes: int) -> Tensor:
         sample_frames=3,
         caption_channels=20,
     ),
+    shared=("image_rotary_emb",),
 )
 def allegro(batch: int, rows: int) -> dict[str, Any]:
     *freqs, t, h, w = get_3d_rotary_pos_embed_allegro(12, ((0, 0), (rows, 3)), (rows, 3), 3, (2.2, 2.0, 2.0))

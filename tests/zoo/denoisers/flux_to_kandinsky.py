@@ -275,6 +275,7 @@ def hunyuan_video15(batch: int, rows: int) -> dict[str, Any]:
         image_proj_dim=20,
         has_clean_x_embedder=True,
     ),
+    shared=("indices_latents",),
 )
 def framepack(batch: int, rows: int) -> dict[str, Any]:
     """Frames in order of time: the first image, three to denoise, then the history, which lies in the future."""
@@ -420,6 +421,8 @@ def joyimage_edit(batch: int, rows: int) -> dict[str, Any]:
         axes_dims=(4, 2, 2),
         visual_cond=True,
     ),
+    shared=("visual_rope_pos",),
+    rounds=True,
 )
 def kandinsky5(batch: int, rows: int) -> dict[str, Any]:
     latents = torch.randn(batch, 3, rows, 6, 4)
@@ -460,6 +463,7 @@ def kandinsky5(batch: int, rows: int) -> dict[str, Any]:
         fix_modulation=True,
         visual_token_type_num_embeddings=2,
     ),
+    shared=("visual_rope_pos",),
 )
 def kandinsky6(batch: int, rows: int) -> dict[str, Any]:
     """Video with sound from an image, which is one more frame at the end, in the place of the first."""

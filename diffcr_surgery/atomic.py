@@ -1,0 +1,57 @@
+"""Folders that are there whole or not at all, whenever the process is killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["atomic_folder", "sync"]
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a folder to write to that becomes ``path`` in one step when the body ends, and is removed if it raises.
+
+    For checkpoints of a training run, whatever writes them: ``accelerator.save_state``, ``torch.distributed.checkpoint.save``,
+    ``save_file``. Until then the folder bears a name that begins with a dot.
+
+    Args:
+        path: The folder to make. It must not exist: checkpoints bear the number of their step, and none is written over.
+
+    Raises:
+        FileExistsError: If it does.
+
+    Example:
+        >>> with atomic_folder("checkpoints/step-100") as folder:
+        ...     written = (folder / "state.txt").write_text("all of it")
+        >>> sorted(entry.name for entry in Path("checkpoints").iterdir())
+        ['step-100']
+    """
+    final = Path(path)
+    if final.exists():
+        raise FileExistsError(f"{final} is there already; give each checkpoint a name of its own, such as the number of its step.")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}-"))
+    try:
+        yield scratch
+        for entry in [*scratch.rglob("*"), scratch]:
+            sync(entry)
+        os.rename(scratch, final)
+        sync(final.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file or a folder's entries to the disk now; only then a rename after it survives a loss of power."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

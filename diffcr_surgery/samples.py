@@ -1,0 +1,146 @@
+"""Find out how the calls of a model are cut into samples, by running some of them alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffcr_surgery._tree import flatten, map_leaves
+from diffcr_surgery.align.proof import tolerance
+from diffcr_surgery.errors import TimestepError
+from diffcr_surgery.split import Splitting, given, join, places, rows_of, select
+from diffcr_surgery.trace.key import Call, model_device
+from diffcr_surgery.trace.perturb import generator
+from diffcr_surgery.trace.recording import run_call, undisturbed
+
+__all__ = ["find_splitting"]
+
+Run = Callable[[Call, list[Tensor]], Any]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off for a while."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Awake(nn.Module):
+    """A model whose weights that are all zero, as before training, have noise in their place: they would hide every difference."""
+
+    def __init__(self, model: nn.Module, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model, self.original = model, forward
+        asleep = {name: p for name, p in self.named_parameters() if not p.is_meta and p.is_floating_point() and not p.any()}
+        self.noise = {name: _other(p) * (p.shape[-1] if p.ndim > 1 else 25) ** -0.5 for name, p in asleep.items()}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.original(*args, **kwargs)
+
+    def answer(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(self, self.noise, args, kwargs)
+
+
+@torch.no_grad()
+def find_splitting(model: nn.Module, forward: Callable[..., Any], call: Call, batch: int) -> Splitting:
+    """Find out how calls like this one are cut into samples, and prove it: a sample alone is what it is in the batch.
+
+    What has another length than the batch is shared. If the first and the last sample run alone do not equal the batch, other inputs
+    are shared too: those whose other rows or entries touch the first sample.
+
+    Args:
+        model: The model.
+        forward: Its unconverted forward.
+        call: A call with ``batch`` samples. One sample alone tells what is shared by its length, and nothing else.
+        batch: b.
+    """
+    inputs = places(call.arguments)
+    shared = frozenset(path for path, value in inputs.items() if len(value) != batch)
+    if batch == 1:
+        return Splitting(shared, given=given(call))
+    awake = _Awake(model, forward)
+    with _evaluating(model), undisturbed(model, model_device(model, call.tensors)) as rewind:
+
+        def run(call: Call, tensors: list[Tensor]) -> Any:
+            rewind()
+            return run_call(call, tensors, awake.answer)
+
+        whole = run(call, call.tensors)
+        # Models round by themselves, too (Kandinsky 5 to bfloat16); a wrong cut is no matter of rounding.
+        dtypes = {t.dtype for t in (*model.parameters(), *flatten(whole)[1]) if t.is_floating_point()}
+        limit = max(1e-2, *map(tolerance, dtypes))
+        tried = _tried(run, call, whole, batch, shared, limit)
+        if not tried.refusal:
+            return tried
+        alike = {path: value for path, value in inputs.items() if len(value) == batch}
+        touching = shared | {path for path, value in alike.items() if _touches_first_sample(run, call, whole, value, batch)}
+        plain = touching | {path for path, value in alike.items() if not flatten(value)[1]}  # numbers cannot be shaken
+        for guess in dict.fromkeys((touching, plain)):
+            found = _tried(run, call, whole, batch, guess, limit)
+            if not found.refusal:
+                return found
+        return tried
+
+
+def _tried(run: Run, call: Call, whole: Any, batch: int, shared: frozenset[str], limit: float) -> Splitting:
+    """Cut the first and the last sample out of a call and compare."""
+    ends = (0, batch - 1)
+    try:
+        cut = [select(call, [row], batch, shared) for row in ends]
+        parts = [run(part, part.tensors) for part in cut]
+        one, many = places(parts[0]), places(whole)
+        lists = frozenset(p for p, value in many.items() if isinstance(value, list) and (len(value), len(one.get(p, ()))) == (batch, 1))
+        wanted = map_leaves(whole, lambda _, leaf: rows_of(leaf, ends, batch), stop=lambda path, _: path in lists)
+        gap = _gap(flatten(join(parts, [[0], [1]], lists))[1], flatten(wanted)[1])
+    except TimestepError as error:
+        return Splitting(shared, refusal=str(error).partition(" but ")[2].partition(". Call the model")[0], given=given(call))
+    except Exception as error:  # whatever a model raises on a sample that was cut wrongly
+        return Splitting(shared, refusal=f"one sample alone made the model raise {type(error).__name__}: {error}", given=given(call))
+    if gap <= limit:
+        return Splitting(shared, lists, given=given(call))
+    return Splitting(shared, refusal="one sample alone gave another output than within its batch", given=given(call))
+
+
+def _gap(one: list[Tensor], other: list[Tensor]) -> float:
+    """Return the largest difference relative to the spread; other shapes, and what is not finite, are infinitely far apart."""
+    if [t.shape for t in one] != [t.shape for t in other]:
+        return float("inf")
+    pairs = [(a.double(), b.double()) for a, b in zip(one, other, strict=True) if b.numel()]
+    gaps = [float((a - b).abs().max() / (b.std(correction=0) + 1e-30)) for a, b in pairs]
+    return max((gap if gap == gap else float("inf") for gap in gaps), default=0.0)
+
+
+def _touches_first_sample(run: Run, call: Call, whole: Any, value: Any, batch: int) -> bool:
+    """Tell whether changing all but the first row or entry of one input changes the first sample of the output."""
+    if isinstance(value, list):
+        swap = {id(t): _other(t) for t in flatten(value[1:])[1]}
+    else:
+        swap = {id(value): torch.cat([value[:1], _other(value[1:])])}
+    try:
+        changed = run(call, [swap.get(id(t), t) for t in call.tensors])
+    except Exception:  # a value the model cannot take tells nothing; the comparison of samples is what decides
+        return False
+
+    def first(tree: Any) -> list[Tensor]:
+        stop = lambda _, value: isinstance(value, list) and len(value) == batch  # noqa: E731
+        return flatten(map_leaves(tree, lambda _, leaf: rows_of(leaf, (0,), batch), stop=stop))[1]
+
+    return _gap(first(changed), first(whole)) > 1e-5
+
+
+def _other(tensor: Tensor) -> Tensor:
+    """Return a tensor with other entries; whole numbers, which may be indices, stay at 0 or go down by one."""
+    if tensor.dtype == torch.bool:
+        return ~tensor
+    if tensor.is_floating_point() or tensor.is_complex():
+        return tensor + torch.randn(tensor.shape, dtype=tensor.dtype, generator=generator(0)).to(tensor.device)
+    return tensor - (tensor > 0).to(tensor.dtype)

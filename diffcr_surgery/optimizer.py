@@ -1,4 +1,4 @@
-"""The ratio table's own update rule: the mean follows a schedule, the gradient decides only who gets what of it."""
+"""The ratio table's own update rule: the saving follows a schedule, the gradient decides only who gets what of it."""
 
 from __future__ import annotations
 
@@ -7,29 +7,37 @@ from typing import Any
 
 import torch
 
-from diffcr_surgery.errors import ConfigError
+from diffcr_surgery._shards import assign_, mean_over_processes, whole
+from diffcr_surgery.errors import ConfigError, NonFiniteError
 from diffcr_surgery.runtime.convert import state_of
 
 __all__ = ["RatioOptimizer"]
 
+LEAST_SLOPE = 0.1  # of the mean: where a higher ratio saves next to nothing, as latency curves show, it is not worth an endless push down
+
 
 class RatioOptimizer(torch.optim.Optimizer):
-    """Allocates a scheduled mean compression ratio between layers and timestep regions.
+    """Allocates a scheduled saving between layers and timestep regions.
 
     With one optimizer for all, the budget's gradient is large and equal for all entries, the diffusion loss's is small and noisy, and the
     table rises in unison. Here the two have separate paths: after each step
 
-        ρ ← Π(ρ − η · (ĝ − mean ĝ))
+        ρ ← Π(ρ − η · (ĥ − mean ĥ) / √v)
 
-    where ĝ is the bias-corrected moving average of the diffusion loss's gradient, advanced only for the regions the batch saw, and Π shifts
-    the table to the scheduled mean and clips it to ``[0, max_ratio]``. The mean ramps linearly from its value at the start to the target.
-    No budget term is needed in the loss.
+    where ĥ is the moving average of the diffusion loss's gradient over what a little more ratio saves at the entry (1 if tokens are what
+    counts), advanced only for the regions the batch saw, and v the moving average of its square over the whole table. So a step is as
+    long as the gradient stands out of its noise, whatever the scale of the loss, and entries keep their proportions, which Adam's second
+    moment of each would take from them. At rest all entries between the bounds cost the loss equally much for what they save.
+    Π shifts the table to the scheduled saving and clips it to ``[0, max_ratio]``. The saving ramps linearly from its value at the start to
+    the target; η falls linearly to 0 over ``total_steps``. No budget term is needed in the loss.
+
+    Under DDP and ``fully_shard`` the gradient is averaged over all processes, and every process takes the same step.
 
     Args:
-        model: A converted model; its ratio table is the only parameter.
+        model: A converted model, bare or wrapped; its ratio table is the only parameter.
         total_steps: Number of training steps; the ramp takes ``ramp`` of them.
-        lr: η.
-        averaging: Decay of the moving average, in [0, 1).
+        lr: η at the start.
+        averaging: Decay of the moving averages, in [0, 1).
         ramp: Share of ``total_steps`` after which the target is reached, in (0, 1].
 
     Raises:
@@ -61,47 +69,72 @@ class RatioOptimizer(torch.optim.Optimizer):
             raise ConfigError("RatioOptimizer needs learnable ratios: convert with learn_ratios=True, and train before specialize_.")
         super().__init__([state.ratio_table], {"lr": lr, "averaging": averaging, "ramp": ramp, "total_steps": total_steps})
         self._target, self._budget = state.target_saving, state.budget
+        self._sites = [site.path for site in state.plan.routed_sites]
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's own form leaves out what a subclass adds, so that a copy could not take a step.
-        own = {name: getattr(self, name) for name in ("_target", "_budget")}
+        own = {name: getattr(self, name) for name in ("_target", "_budget", "_sites")}
         return super().__getstate__() | own
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Move the table by the gradient it holds, then to the scheduled mean."""
+        """Move the table by the gradient it holds, then to the scheduled saving.
+
+        Raises:
+            NonFiniteError: If the gradient holds what is no finite number; the table is untouched then.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         group = self.param_groups[0]
-        table = group["params"][0]
-        state: dict[str, Any] = self.state[table]
+        parameter = group["params"][0]
+        table, gradient = whole(parameter).double().cpu(), self._gradient(parameter)
+        state: dict[str, Any] = self.state[parameter]
         if not state:
             state["step"] = 0
             state["start"] = float(self._budget.saving(table))
-            state["average"] = torch.zeros_like(table)
-            state["seen"] = torch.zeros(table.shape[1], device=table.device)
+            state["average"] = torch.zeros(table.shape)
+            state["seen"] = torch.zeros(table.shape[1])
+            state["square"] = 0.0
+            state["shown"] = 0
         state["step"] += 1
-        direction = self._direction(table, state, group["averaging"])
+        slopes = self._budget.slopes(table).clamp_min(LEAST_SLOPE)
+        direction = self._direction(state, None if gradient is None else (gradient / slopes).float(), group["averaging"])
+        known = (state["seen"] > 0).to(table)  # regions no batch has shown yet have no say
+        direction = (direction - (direction * known).sum() / (known.sum() * len(table)).clamp_min(1.0)) * known
+        left = max(0.0, 1.0 - (state["step"] - 1) / group["total_steps"])
         share = min(1.0, state["step"] / max(1.0, group["ramp"] * group["total_steps"]))
-        mean = state["start"] + share * (self._target - state["start"])
-        moved = table - group["lr"] * direction
-        table.copy_(self._budget.project(moved, mean))
+        saving = state["start"] + share * (self._target - state["start"])
+        assign_(parameter, self._budget.project(table - group["lr"] * left * direction, saving).to(parameter.dtype))
         return loss
 
-    def _direction(self, table: torch.Tensor, state: dict[str, Any], averaging: float) -> torch.Tensor:
-        """Return the averaged gradient without its mean; regions no batch has shown yet have no say."""
-        if table.grad is not None:
-            size = table.grad.abs().sum(0)
-            seen = (size > 0) & size.isfinite()  # an overflow of mixed precision is no opinion
-            state["seen"] += seen
-            average = state["average"]
-            average[:, seen] = averaging * average[:, seen] + (1.0 - averaging) * table.grad[:, seen]
-        correction = 1.0 - averaging ** state["seen"]
-        corrected: torch.Tensor = state["average"] / correction.clamp_min(1e-12)
-        known: torch.Tensor = (state["seen"] > 0).to(table)
-        if not bool(known.any()):
-            return torch.zeros_like(table)
-        mean = (corrected * known).sum() / (known.sum() * table.shape[0])
-        return (corrected - mean) * known
+    def _gradient(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        if parameter.grad is None:
+            return None
+        gradient = whole(parameter.grad) if hasattr(parameter.grad, "full_tensor") else mean_over_processes(parameter.grad)
+        gradient = gradient.float().cpu()
+        broken = sorted({int(row) for row in (~gradient.isfinite()).nonzero()[:, 0]})
+        if broken:
+            raise NonFiniteError(
+                f"The gradients of the ratios of {[self._sites[row] for row in broken]} are not finite; the loss is not, or overflowed. "
+                "Under a GradScaler call scaler.step(ratio_optimizer), which passes over such a step; otherwise go back to an earlier "
+                "checkpoint."
+            )
+        return gradient
+
+    def _direction(self, state: dict[str, Any], gradient: torch.Tensor | None, averaging: float) -> torch.Tensor:
+        """Return the averaged harm per saving in units of its noise, ``l r``."""
+        average, seen = state["average"], state["seen"]
+        if gradient is not None:
+            shown = gradient.abs().sum(0) > 0
+            seen += shown
+            average[:, shown] = averaging * average[:, shown] + (1.0 - averaging) * gradient[:, shown]
+            if bool(shown.any()):
+                own = gradient[:, shown]
+                state["shown"] += 1
+                state["square"] = averaging * state["square"] + (1.0 - averaging) * float((own - own.mean()).square().mean())
+        if not state["square"]:
+            return torch.zeros_like(average)
+        corrected: torch.Tensor = average / (1.0 - averaging**seen).clamp_min(1e-12)
+        return corrected / (state["square"] / (1.0 - averaging ** state["shown"])) ** 0.5

@@ -86,14 +86,14 @@ class SurgeryPlan:
         splitting: How a call whose samples lie in several regions is cut into them.
         site_costs: Share of the dense cost that each routed site takes at each reachable bin (of the model's cost; of the blocks', if
             tokens are what counts).
-        graph: The routed ``torch.fx`` graph at the target ratio (not kept by pickle and deepcopy).
+        graph: The routed ``torch.fx`` graph at the ratio that reaches the target if all sites have it (not kept by pickle and deepcopy).
 
     Example:
         >>> from diffusers import DiTTransformer2DModel
         >>> model = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2, sample_size=8)
         >>> inputs = {"hidden_states": torch.randn(1, 4, 8, 8), "timestep": torch.tensor([500]), "class_labels": torch.tensor([1])}
         >>> print(plan(model, inputs))
-        DiTTransformer2DModel: 2 of 2 blocks routed; target ratio 0.2 in steps of ...
+        DiTTransformer2DModel: 2 of 2 blocks routed; target ratio 0.2, counted in tokens, in ...
         site  block                 class                  tokens  moves with the tokens  note
         0     transformer_blocks.0  BasicTransformerBlock  16      hidden_states: b n c   proven, error ...
         1     transformer_blocks.1  BasicTransformerBlock  16      hidden_states: b n c   proven, error ...
@@ -120,9 +120,10 @@ class SurgeryPlan:
 
     def __str__(self) -> str:
         config, routed = self.config, self.routed_sites
+        target = f"ratio {config.target_ratio:g}" if config.target_share is None else f"share {config.target_share:g} of the dense cost"
         head = (
-            f"{self.model_class.rpartition('.')[2]}: {len(routed)} of {len(self.sites)} blocks routed; target ratio "
-            f"{config.target_ratio:g} in steps of {', '.join(f'{b:g}' for b in config.bins)}; {self.regions}; gate {config.gate}"
+            f"{self.model_class.rpartition('.')[2]}: {len(routed)} of {len(self.sites)} blocks routed; target {target}, counted in "
+            f"{config.cost}, in steps of {', '.join(f'{b:g}' for b in config.bins)}; {self.regions}; gate {config.gate}"
         )
         rows = [("site", "block", "class", "tokens", "moves with the tokens", "note")]
         index = iter(range(len(routed)))
@@ -178,21 +179,29 @@ def plan(model: torch.nn.Module, example_inputs: Any, config: DiffCRConfig | Non
     table = {call.node: routed_call(recorded.recording, call, i, config) for i, call in enumerate(routed)}
     splitting = _splitting(recorded, model, regions, list(table.values()))
     costs = site_costs(model, recorded.recording, recorded.call, table, config)
-    _check_target(config, costs)
-    return SurgeryPlan(_qualified(model), config, sites, regions, splitting, costs, _target_graph(recorded.recording, table, config))
+    decisions = dict.fromkeys(range(len(table)), Decision(_uniform_ratio(config, costs)))
+    graph = RouteTokens(table, decisions, recorded.recording.blocks)(recorded.recording.graph).graph
+    return SurgeryPlan(_qualified(model), config, sites, regions, splitting, costs, graph)
 
 
-def _check_target(config: DiffCRConfig, costs: tuple[tuple[float, ...], ...]) -> None:
-    """Refuse a share of the dense cost that even the highest ratio everywhere does not come down to."""
-    budget = Budget(config.reachable_bins, torch.tensor(costs), torch.ones(1), config.max_ratio)
-    blocks = sum(row[0] for row in costs)
-    lowest = 1.0 - blocks * float(budget.saving(torch.full((len(costs), 1), config.max_ratio)))
-    if config.target_share is not None and config.target_share < lowest - 1e-6:
+def _uniform_ratio(config: DiffCRConfig, costs: tuple[tuple[float, ...], ...]) -> float:
+    """Return the ratio that reaches the target if all sites have it.
+
+    Raises:
+        ConfigError: If the highest ratio does not.
+    """
+    if config.target_share is None:
+        return config.target_ratio
+    budget = Budget.of(config, torch.tensor(costs))
+    wanted, most = budget.target(config), budget.uniform(config.max_ratio)
+    if wanted > most + 1e-6:
+        lowest = 1.0 - most * sum(row[0] for row in costs)
         raise ConfigError(
             f"target_share={config.target_share:g} of the dense model's {config.cost} cannot be reached: with "
             f"max_ratio={config.max_ratio:g} at all {len(costs)} routed blocks, {lowest:.3f} is left. Choose a share of at least that or "
             "a higher max_ratio."
         )
+    return float(budget.project(torch.zeros(len(costs), config.timestep_regions), wanted).max())
 
 
 def _qualified(model: torch.nn.Module) -> str:
@@ -246,10 +255,6 @@ def routed_call(recording: Recording, call: SiteCall, index: int, config: DiffCR
         counts={numbers[name][0]: word for name, word in found.counts.items()},
         overwrites=found.overwrites,
     )
-
-
-def _target_graph(recording: Recording, table: dict[fx.Node, RoutedCall], config: DiffCRConfig) -> fx.Graph:
-    return RouteTokens(table, dict.fromkeys(range(len(table)), Decision(config.target_ratio)), recording.blocks)(recording.graph).graph
 
 
 def _no_block(model: torch.nn.Module, sites: tuple[BlockSite, ...]) -> str:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffcr_surgery.config import DiffCRConfig
+
 __all__ = ["Bracket", "Budget", "bracket"]
 
 
@@ -61,6 +63,22 @@ class Budget:
     def of_tokens(cls, sites: int, bins: Sequence[float], region_weights: Tensor, max_ratio: float) -> Budget:
         """Return the budget in which every token of every block costs the same."""
         return cls(tuple(bins), (1.0 - torch.tensor(bins, dtype=torch.float64)).expand(sites, -1), region_weights, max_ratio)
+
+    @classmethod
+    def of(cls, config: DiffCRConfig, costs: Tensor) -> Budget:
+        """Return the budget of a configuration, for the measured or counted costs of its sites."""
+        weights = torch.tensor(config.region_weights or (1.0,) * config.timestep_regions, dtype=torch.float64)
+        return cls(config.reachable_bins, costs.double().cpu(), weights / weights.sum(), config.max_ratio)
+
+    def target(self, config: DiffCRConfig) -> float:
+        """Return the saving a configuration aims at; its costs are shares of the dense model's."""
+        if config.target_share is not None:
+            return (1.0 - config.target_share) / float(self.costs[:, 0].sum())
+        return self.uniform(config.target_ratio)
+
+    def uniform(self, ratio: float) -> float:
+        """Return the saving of one ratio everywhere."""
+        return float(self.saving(torch.full((len(self.costs), len(self.region_weights)), ratio, dtype=torch.float64)))
 
     def saving(self, table: Tensor) -> Tensor:
         """Return the share of the blocks' dense cost that ratios ``l r`` save, a scalar with gradient."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,8 @@ def load_adapter_(model: torch.nn.Module, directory: str | os.PathLike[str], exa
             f"The adapter in {folder} was trained on a {settings['model_class']}; this is a "
             f"{type(model).__module__}.{type(model).__qualname__}. Load it into a model of that class."
         )
-    planned = plan(model, example_inputs, config)
+    # What sites cost is in the file, and is not measured again.
+    planned = replace(plan(model, example_inputs, replace(config, cost="tokens", target_share=None)), config=config)
     if _site_rows(planned) != settings["sites"]:
         raise AdapterError(
             f"The adapter in {folder} belongs to a model with the routed blocks {[row['path'] for row in settings['sites']]} of width "

@@ -259,8 +259,8 @@ def ratio_loss(model: torch.nn.Module, *, return_parts: bool = False) -> torch.T
     if not return_parts:
         return loss
     parts = {
-        "ratio_loss": float(loss),
-        "saving": float(saving),
+        "ratio_loss": float(loss.detach()),
+        "saving": float(saving.detach()),
         "target_saving": state.target_saving,
         "executed_saving": float(state.budget.saving(state.executed_ratios())),
         "mean_ratio": float(state.ratios().mean()),

@@ -65,23 +65,21 @@ class DiffCRState(nn.Module):
     @property
     def budget(self) -> Budget:
         """What the ratios save."""
-        weights = self.config.region_weights or (1.0,) * self.plan.regions.count
-        shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
-        return Budget(self.config.reachable_bins, self.site_costs.double().cpu(), shares, self.config.max_ratio)
+        return Budget.of(self.config, self.site_costs)
 
     @property
     def target_saving(self) -> float:
         """The share of the blocks' dense cost to be saved."""
-        if self.config.target_share is not None:
-            return (1.0 - self.config.target_share) / float(self.site_costs[:, 0].sum())
-        return float(self.budget.saving(torch.full(self.ratio_table.shape, self.config.target_ratio, dtype=torch.float64)))
+        return self.budget.target(self.config)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> DiffCRState:
+        table, costs = self.ratio_table.data, self.site_costs
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # A ratio moves by thousandths a step; half precision would swallow that, so the table follows the device alone.
+        # A ratio moves by thousandths a step; half precision would swallow that, so table and costs follow the device alone.
         if self.ratio_table.dtype != torch.float32:
-            self.ratio_table.data = self.ratio_table.data.float()
-        self.site_costs = self.site_costs.float()
+            self.ratio_table.data = table.to(self.ratio_table.device)
+        if self.site_costs.dtype != torch.float32:
+            self.site_costs = costs.to(self.site_costs.device)
         return self
 
     def ratios(self) -> Tensor:

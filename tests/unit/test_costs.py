@@ -1,0 +1,122 @@
+"""What sites cost: FLOPs as they are counted, seconds as they pass, and budgets in either that are met."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import diffcr_surgery as dcs
+from diffcr_surgery.errors import ConfigError
+from tests.models import CASES, Size
+
+SIZE = Size(8, 8, 7)
+FLUX, DIT = CASES["flux"], CASES["dit"]
+
+
+def flops(model: nn.Module, inputs: dict[str, Any]) -> dict[str, int]:
+    """FLOPs of a call by module, and under the empty name those of the whole."""
+    with torch.no_grad():
+        model(**inputs)
+        with FlopCounterMode(display=False) as counter:
+            model(**inputs)
+    counts = {name.partition(".")[2]: sum(c.values()) for name, c in counter.get_flop_counts().items() if name != "Global"}
+    return counts | {"": counter.get_total_flops()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_flops_are_those_of_the_routed_blocks_and_their_routers(name: str) -> None:
+    """Counted a second time, on the converted model with every site at one ratio."""
+    case = CASES[name]
+    model = case.build(0, size=SIZE if case.resizable else case.sizes[0]).requires_grad_(False)
+    inputs = case.inputs(model, 1, 0, size=SIZE if case.resizable else case.sizes[0])
+    plan = dcs.plan(model, inputs, dcs.DiffCRConfig(cost="flops"))
+    dense = flops(model, inputs)
+    dcs.convert_(model, plan)
+    for column, ratio in enumerate(plan.config.reachable_bins):
+        with torch.no_grad():
+            dcs.ratio_table(model).fill_(ratio)
+        counted = flops(model, inputs)
+        for row, site in enumerate(plan.routed_sites):
+            own = counted[site.path] + counted.get(f"diffcr.routers.{row}", 0)
+            assert plan.site_costs[row][column] == pytest.approx(own / dense[""], rel=0.02), (site.path, ratio)
+    assert all(row == tuple(sorted(row, reverse=True)) for row in plan.site_costs)
+    assert 0.3 < sum(row[0] for row in plan.site_costs) < 1
+
+
+@pytest.mark.parametrize("branches", ["two", "boundary"])
+def test_a_share_of_the_dense_flops_is_reached(branches: str) -> None:
+    """From a model whose blocks differ in cost, and much lies outside of them."""
+    model = FLUX.build(0, size=SIZE)
+    inputs = FLUX.inputs(model, 2, 0, size=SIZE)
+    dense = flops(model.requires_grad_(False), inputs)[""]
+    model.requires_grad_(True)
+    config = dcs.DiffCRConfig(cost="flops", target_share=0.8, branches=branches)  # type: ignore[arg-type]
+    plan = dcs.plan(model, inputs, config)
+    assert "share 0.8 of the dense cost, counted in flops" in str(plan)
+    assert len({row[0] for row in plan.site_costs}) > 1
+    dcs.convert_(model, plan)
+    model.train()
+    optimizer = dcs.RatioOptimizer(model, total_steps=6)
+    for _ in range(6):
+        model(**inputs)[0].square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    _, parts = dcs.ratio_loss(model, return_parts=True)
+    assert parts["saving"] == pytest.approx(parts["target_saving"], abs=1e-5)
+    dcs.specialize_(model.requires_grad_(False))
+    # Tokens are whole: on so few of them a bin is up to a token off.
+    assert flops(model, inputs)[""] / dense == pytest.approx(0.8, abs=0.02)
+
+
+def test_a_target_ratio_means_what_that_ratio_would_save_everywhere() -> None:
+    model = FLUX.build(0, size=SIZE)
+    inputs = FLUX.inputs(model, 1, 0, size=SIZE)
+    dcs.convert_(model, inputs, dcs.DiffCRConfig(cost="flops", target_ratio=0.4, initial_ratio=0.4))
+    assert dcs.ratio_loss(model).item() == pytest.approx(0.0, abs=1e-10)
+    assert model.diffcr.target_saving != pytest.approx(0.4, abs=1e-3)  # attention saves more than its share, the text nothing
+
+
+def test_shares_that_cannot_be_reached_are_named() -> None:
+    model = DIT.build(0)
+    inputs = DIT.inputs(model, 1, 0)
+    with pytest.raises(ConfigError, match=r"target_share=0.01 of the dense model's flops cannot be reached: .* is left"):
+        dcs.plan(model, inputs, dcs.DiffCRConfig(cost="flops", target_share=0.01))
+    with pytest.raises(ConfigError, match="target_share=1.5"):
+        dcs.DiffCRConfig(target_share=1.5)
+    assert not hasattr(model, "diffcr")
+
+
+def test_latency_is_measured_kept_in_the_adapter_and_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = DIT.build(0)
+    inputs = DIT.inputs(model, 1, 0)
+    weights = {name: p.clone() for name, p in model.state_dict().items()}
+    state = torch.get_rng_state()
+    dcs.convert_(model, inputs, dcs.DiffCRConfig(cost="latency"))
+    costs = model.diffcr.site_costs
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(p, model.state_dict()[name]) for name, p in weights.items())
+    assert (costs > 0).all() and (costs.diff(dim=1) <= 0).all() and float(costs[:, 0].sum()) < 1.5
+    assert torch.equal(costs, costs[:1].expand_as(costs))  # like blocks cost alike
+    dcs.save_adapter(model, tmp_path)
+    twin = DIT.build(0)
+
+    def never() -> float:
+        raise RuntimeError("a clock was read")
+
+    monkeypatch.setattr("time.perf_counter", never)
+    dcs.load_adapter_(twin, tmp_path, inputs)
+    assert torch.equal(twin.diffcr.site_costs, costs) and twin.diffcr.config == model.diffcr.config
+
+
+def test_costs_follow_the_table_to_half_precision_and_back() -> None:
+    model = DIT.build(0)
+    dcs.convert_(model, DIT.inputs(model, 1, 0), dcs.DiffCRConfig(cost="flops"))
+    before = model.diffcr.site_costs.clone()
+    model.to(torch.bfloat16)
+    assert model.diffcr.site_costs.dtype == torch.float32
+    assert torch.allclose(model.diffcr.site_costs, before, rtol=1e-6)

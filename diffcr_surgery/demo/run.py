@@ -143,7 +143,9 @@ class Demo:
     def routed(self, base: DiT) -> Candidate:
         """Fine-tune with learned ratios per layer and timestep region: DiffCR. Keep and draw what it learned."""
         regions = self.settings.regions
-        config = dcs.DiffCRConfig(target_ratio=self.settings.target_ratio, timestep_regions=regions, timestep_range=(0, TIMESTEPS))
+        config = dcs.DiffCRConfig(
+            target_ratio=self.settings.target_ratio, timestep_regions=regions, timestep_range=(0, TIMESTEPS), branches="boundary"
+        )
         model = self.convert(base, config)
         self.finetune(ROUTED, model, dcs.RatioOptimizer(model, total_steps=self.settings.finetune_steps))
 

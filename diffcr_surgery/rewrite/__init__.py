@@ -7,11 +7,23 @@ A site at ratio 0.3 over 64 tokens reads, in the printed graph:
     kept_3   = keep_tokens(order_3, 45)                              b k
     tokens_3 = gather_tokens(stream, kept_3, 'b n c', 64)            b k c
     blocks_3 = call_module[blocks.3](tokens_3, c)                    b k c
+    factor_3 = gate_factor(scores_3, 'doubled_sigmoid')              b n
     gated_3  = gate_update(tokens_3, blocks_3, ...)                  b k c
     stream_3 = scatter_tokens(stream, gated_3, kept_3, 'b n c')      b n c
 
-Counts are Python ints, so a compiler sees static shapes. A site between two bins has both branches and a ``blend``; a site at 0 is the
-block itself.
+Counts are Python ints, so a compiler sees static shapes. A site at 0 is the block itself.
+
+In training a ratio lies between two bins, at the share w of the way. Let K be the tokens kept at the lower bin and K' those kept at the
+higher; both are the first of one ranking, so K' lies in K. Let u(i, S) be the gated update of token i when the block sees the tokens S.
+
+- ``branches="two"`` (the paper) runs the block on K and on K', and blends: token i moves by (1 - w) u(i, K) + w u(i, K') if it is in K', by
+  (1 - w) u(i, K) if it is in K alone, and not at all outside.
+- ``branches="boundary"`` runs it on K alone: token i moves by u(i, K) if it is in K', by (1 - w) u(i, K) if it is in K alone. One forward.
+
+They differ by w (u(i, K) - u(i, K')) for the tokens of K', and nowhere else: by what the tokens of K without K' do to others as attention
+context. Where tokens do not see each other they are equal, gradients in ρ included. Both are linear in ρ between bins. ``"two"`` is
+continuous everywhere; ``"boundary"`` is continuous from above at a bin, and where ρ rises to it jumps by u(i, K) - u(i, K'), as the last of the
+boundary tokens leave the context. Its gradient in ρ is that of the boundary tokens' own updates, without that of the context.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import Any, Literal, overload
 
 import torch
 
+from diffcr_surgery._shards import is_sharded
 from diffcr_surgery.config import DiffCRConfig
 from diffcr_surgery.errors import ConversionError
 from diffcr_surgery.plan import SurgeryPlan, plan
@@ -43,6 +44,14 @@ def _count_own(model: torch.nn.Sequential) -> int:
     return sum(1 for _ in _own_children(model))
 
 
+def _outside_compiler(*arguments: Any) -> Any:
+    """Do :func:`answer` where ``torch.compile`` does not look: a graph break, instead of one wherever a number is read."""
+    return torch.compiler.disable(answer)(*arguments)
+
+
+_outside_compiler._torchdynamo_disable = True  # type: ignore[attr-defined]  # what torch.compiler.disable sets, which takes 2 s to import
+
+
 def _subclass(original: type) -> type:
     """Return the converted twin of a model class: same name and module, another forward."""
     with _LOCK:
@@ -55,7 +64,9 @@ def _subclass(original: type) -> type:
         @functools.wraps(original.forward)  # type: ignore[attr-defined]
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             call = bind_call(own, args, kwargs)
-            return answer(self, self.diffcr, call, functools.partial(original.forward, self))  # type: ignore[attr-defined]
+            # Routing follows the ratios, which move with every step: under torch.compile it runs as it is, its blocks compiled or not.
+            run = _outside_compiler if torch.compiler.is_dynamo_compiling() and not self.diffcr.specialized else answer
+            return run(self, self.diffcr, call, functools.partial(original.forward, self))  # type: ignore[attr-defined]
 
         # accelerate takes its mixed-precision wrappers off a model by following `__wrapped__`, and would find the dense forward there.
         del forward.__wrapped__
@@ -123,6 +134,11 @@ def convert_(model: torch.nn.Module, plan_or_inputs: Any, config: DiffCRConfig |
     """
     if hasattr(model, "diffcr"):
         raise ConversionError(f"This {type(model).__name__} is converted already; call restore_(model) before converting it anew.")
+    if is_sharded(model):
+        raise ConversionError(
+            f"The weights of this {type(model).__name__} are sharded, so that nothing about its blocks can be proven, and routers added "
+            "now would not be; convert the model first, then call fully_shard."
+        )
     if isinstance(plan_or_inputs, SurgeryPlan):
         if config is not None and config != plan_or_inputs.config:
             raise ConversionError("convert_ got a plan and a config that differs from the plan's own; plan again with that config.")
@@ -186,6 +202,12 @@ def restore_(model: torch.nn.Module) -> torch.nn.Module:
     if not isinstance(getattr(model, "diffcr", None), DiffCRState):
         state_of(model)  # says what is wrong, unless the converted model is inside this one
         raise ConversionError(f"This {type(model).__name__} wraps a converted model; give restore_ the model itself.")
+    if is_sharded(model):
+        raise ConversionError(
+            f"The weights of this {type(model).__name__} are sharded: fully_shard has exchanged its class, which it cannot take back. "
+            "Load the weights (torch.distributed.checkpoint.state_dict.get_model_state_dict gathers them) into a converted model that is "
+            "not, and restore that."
+        )
     own = vars(model).get("forward")
     if getattr(own, "__func__", None) is type(model).forward:  # accelerate's wrappers are off, and left this behind
         del model.forward

@@ -14,6 +14,7 @@ from diffcr_surgery.rewrite.ops import (
     _device_of,
     blend,
     blend_weight,
+    boundary_factor,
     checkpointed,
     gate_factor,
     gate_update,
@@ -161,6 +162,25 @@ def test_blend_weight_is_the_place_between_the_bins(tenth: int, share: float) ->
     weight = blend_weight(table, 1, torch.tensor([0]), lower, upper)
     assert 0.0 <= weight.item() <= 1.0
     assert weight.item() == pytest.approx(share, abs=1e-5)
+
+
+@pytest.mark.parametrize("decided", [False, True])
+@given(seed=st.integers(0, 999), weight=st.floats(0, 1, width=32), count=st.integers(1, 7))
+def test_one_factor_stands_for_both_runs(decided: bool, seed: int, weight: float, count: int) -> None:
+    """What both ratios keep has (1 - w) g + w g; what the lower alone keeps, (1 - w) g; ungated where the lower keeps all."""
+    source = torch.Generator().manual_seed(seed)
+    factor = 2 * torch.rand(3, 7, generator=source)
+    order = torch.rand(3, 7, generator=source).argsort(1)
+    weights = torch.full((3,), weight)
+    got = boundary_factor(factor, order, count, weights, decided)
+    for sample in range(3):
+        upper = set(order[sample, :count].tolist())
+        for token in range(7):
+            g = float(factor[sample, token])
+            wanted = (1 - weight) * (g if decided else 1.0) + weight * (g if token in upper else 0.0)
+            assert float(got[sample, token]) == pytest.approx(wanted, abs=1e-5)
+    if weight == 0:
+        assert torch.equal(got, factor if decided else torch.ones_like(factor))
 
 
 def test_blend_weight_of_each_samples_region() -> None:

@@ -58,9 +58,11 @@ def test_a_block_costs_what_its_kept_tokens_cost(entry: Entry) -> None:
 
 
 @routed_models
-def test_gradients_reach_every_router_and_ratio(entry: Entry) -> None:
+@pytest.mark.parametrize("branches", ["two", "boundary"])
+def test_gradients_reach_every_router_and_ratio(entry: Entry, branches: str) -> None:
     # The class token is all that this model reads in the end: what the last block's router decides on reaches no loss.
-    contract.gradients_reach_every_router_and_ratio(entry, idle={"blocks.2"} if entry.name in ("VisionTransformer",) else set())
+    idle = {"blocks.2"} if entry.name in ("VisionTransformer",) else set()
+    contract.gradients_reach_every_router_and_ratio(entry, idle, branches)
 
 
 @routed_models

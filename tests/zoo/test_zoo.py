@@ -75,8 +75,9 @@ def test_a_block_costs_what_its_kept_tokens_cost(entry: Entry) -> None:
 
 
 @without_flex
-def test_gradients_reach_every_router_and_ratio(entry: Entry) -> None:
-    contract.gradients_reach_every_router_and_ratio(entry)
+@pytest.mark.parametrize("branches", ["two", "boundary"])
+def test_gradients_reach_every_router_and_ratio(entry: Entry, branches: str) -> None:
+    contract.gradients_reach_every_router_and_ratio(entry, branches=branches)
 
 
 @routed_classes

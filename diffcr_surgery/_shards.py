@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, distributed
+import sys
 
-__all__ = ["assign_", "mean_over_processes", "whole"]
+import torch
+from torch import Tensor, distributed, nn
+
+__all__ = ["assign_", "is_sharded", "mean_over_processes", "several_processes", "whole"]
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Tell whether ``fully_shard`` was called on a module or one inside it, or its parameters are DTensors for another reason."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported for this: who has not, has sharded nothing
+    kind = getattr(fsdp, "FSDPModule", ())
+    return any(isinstance(m, kind) for m in module.modules()) or any(hasattr(p, "full_tensor") for p in module.parameters())
+
+
+def several_processes() -> bool:
+    """Tell whether this process is one of several of a distributed run."""
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -29,8 +43,9 @@ def assign_(tensor: Tensor, values: Tensor) -> None:
 
 def mean_over_processes(tensor: Tensor) -> Tensor:
     """Return the mean over all processes of a distributed run; what is averaged already stays what it is."""
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+    if not several_processes():
         return tensor
-    total = tensor.clone()
+    on_gpu = tensor.device.type == "cpu" and distributed.get_backend() == "nccl"  # which takes nothing from the CPU
+    total = tensor.to("cuda") if on_gpu else tensor.clone()
     distributed.all_reduce(total)
-    return total / distributed.get_world_size()
+    return (total / distributed.get_world_size()).to(tensor.device)

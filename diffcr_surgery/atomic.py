@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from torch import distributed
+
+from diffcr_surgery._shards import several_processes
 
 __all__ = ["atomic_folder", "sync"]
 
@@ -17,7 +20,8 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a folder to write to that becomes ``path`` in one step when the body ends, and is removed if it raises.
 
     For checkpoints of a training run, whatever writes them: ``accelerator.save_state``, ``torch.distributed.checkpoint.save``,
-    ``save_file``. Until then the folder bears a name that begins with a dot.
+    ``save_file``. Until then the folder bears the same name with a dot in front; what a killed run left under it is removed. In a
+    distributed run every process enters and leaves, and all are given the same folder.
 
     Args:
         path: The folder to make. It must not exist: checkpoints bear the number of their step, and none is written over.
@@ -32,18 +36,33 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         ['step-100']
     """
     final = Path(path)
+    scratch = final.with_name(f".{final.name}")
+    first = not several_processes() or distributed.get_rank() == 0
     if final.exists():
         raise FileExistsError(f"{final} is there already; give each checkpoint a name of its own, such as the number of its step.")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}-"))
+    _wait()
+    if first:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+    _wait()
     try:
         yield scratch
-        for entry in [*scratch.rglob("*"), scratch]:
-            sync(entry)
-        os.rename(scratch, final)
-        sync(final.parent)
+        _wait()
+        if first:
+            for entry in [*scratch.rglob("*"), scratch]:
+                sync(entry)
+            os.rename(scratch, final)
+            sync(final.parent)
+        _wait()
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if first:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _wait() -> None:
+    """Let all processes of a distributed run come to the same place."""
+    if several_processes():
+        distributed.barrier()
 
 
 def sync(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffcr_surgery.config import DiffCRConfig
+from diffcr_surgery.errors import ConfigError
 from diffcr_surgery.rewrite import Decision, RoutedCall, RouteTokens
 from diffcr_surgery.router import Router
 from diffcr_surgery.trace.key import Call, model_device
@@ -48,6 +50,12 @@ def site_costs(
                 taken.append(_read(model, recording, call.tensors, routed, ratio, config.cost))
                 rewind()
     dense = statistics.median(sum(reading.values()) for reading in readings[0.0][-ROUNDS + 1 :])
+    free = [site.path for site in routed.values() if not readings[0.0][-1].get(site.index)]
+    if free:
+        raise ConfigError(
+            f'cost="{config.cost}" counts nothing in {free[:3]}: torch runs the block as one operation of its own whose FLOPs it does not '
+            'count (turn that off by torch.backends.mha.set_fastpath_enabled(False)). Or use cost="tokens" or "latency".'
+        )
     groups = {site.index: (recording.blocks[node].kind, site.tokens, site.staying) for node, site in routed.items()}
     curves = []
     for index in sorted(groups):
@@ -67,8 +75,9 @@ def _read(
 ) -> dict[int | None, float]:
     """Return what each site cost in one run with all of them at ``ratio``; under ``None``, everything else."""
     decisions = {site.index: Decision(ratio) for site in routed.values()}
-    result = RouteTokens(routed, decisions, recording.blocks)(recording.graph)
-    inputs = [*tensors, *recording.constants, *([model] if result.takes_model else [])]
+    blocks = {node: replace(block, checkpointed=False) for node, block in recording.blocks.items()}
+    result = RouteTokens(routed, decisions, blocks)(recording.graph)
+    inputs = [*tensors, *recording.constants]
     if cost == "latency":
         device = model_device(model, tensors)
         meter = _Meter(model, result.graph, lambda: _clock(device))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from diffcr_surgery._shards import assign_, mean_over_processes, whole
-from diffcr_surgery.errors import ConfigError, NonFiniteError
+from diffcr_surgery._shards import assign_, mean_over_processes, several_processes, whole
+from diffcr_surgery.errors import ConfigError, ConversionError, NonFiniteError
 from diffcr_surgery.runtime.convert import state_of
+from diffcr_surgery.runtime.state import DiffCRState
 
 __all__ = ["RatioOptimizer"]
 
@@ -25,11 +27,12 @@ class RatioOptimizer(torch.optim.Optimizer):
         ρ ← Π(ρ − η · (ĥ − mean ĥ) / √v)
 
     where ĥ is the moving average of the diffusion loss's gradient over what a little more ratio saves at the entry (1 if tokens are what
-    counts), advanced only for the regions the batch saw, and v the moving average of its square over the whole table. So a step is as
-    long as the gradient stands out of its noise, whatever the scale of the loss, and entries keep their proportions, which Adam's second
-    moment of each would take from them. At rest all entries between the bounds cost the loss equally much for what they save.
-    Π shifts the table to the scheduled saving and clips it to ``[0, max_ratio]``. The saving ramps linearly from its value at the start to
-    the target; η falls linearly to 0 over ``total_steps``. No budget term is needed in the loss.
+    counts), advanced only for the regions the batch saw, and v the moving average of its variance over the entries a batch saw. So a
+    step is as long as the gradient stands out of its noise, whatever the scale of the loss, and entries keep their proportions, which
+    Adam's second moment of each would take from them. The gradient of a region that made up a part of the samples since the last step is
+    divided by that part, so that batches of one region and mixed ones lead to the same. At rest all entries between the bounds cost the
+    loss equally much for what they save. Π shifts the table to the scheduled saving and clips it to ``[0, max_ratio]``. The saving ramps
+    linearly from its value at the start to the target; η falls linearly to 0 over ``total_steps``. No budget term is needed in the loss.
 
     Under DDP and ``fully_shard`` the gradient is averaged over all processes, and every process takes the same step.
 
@@ -67,14 +70,13 @@ class RatioOptimizer(torch.optim.Optimizer):
             )
         if state.specialized or not state.config.learn_ratios:
             raise ConfigError("RatioOptimizer needs learnable ratios: convert with learn_ratios=True, and train before specialize_.")
+        _check_learned(state)
         super().__init__([state.ratio_table], {"lr": lr, "averaging": averaging, "ramp": ramp, "total_steps": total_steps})
-        self._target, self._budget = state.target_saving, state.budget
-        self._sites = [site.path for site in state.plan.routed_sites]
+        self._diffcr = state
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's own form leaves out what a subclass adds, so that a copy could not take a step.
-        own = {name: getattr(self, name) for name in ("_target", "_budget", "_sites")}
-        return super().__getstate__() | own
+        return super().__getstate__() | {"_diffcr": self._diffcr}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -82,6 +84,7 @@ class RatioOptimizer(torch.optim.Optimizer):
 
         Raises:
             NonFiniteError: If the gradient holds what is no finite number; the table is untouched then.
+            ConversionError: If the table is frozen, or another one than this optimizer was made for.
         """
         loss = None
         if closure is not None:
@@ -89,52 +92,83 @@ class RatioOptimizer(torch.optim.Optimizer):
                 loss = closure()
         group = self.param_groups[0]
         parameter = group["params"][0]
+        current = self._diffcr.ratio_table
+        gathered = hasattr(parameter, "full_tensor") and not hasattr(current, "full_tensor")  # fully_shard, between forward and backward
+        if parameter is not current and not gathered:
+            raise ConversionError(
+                "The model's ratio table was exchanged, as fully_shard and load_state_dict(assign=True) do it; make the RatioOptimizer "
+                "after that."
+            )
+        _check_learned(self._diffcr)
+        budget, target = self._diffcr.budget, self._diffcr.target_saving
         table, gradient = whole(parameter).double().cpu(), self._gradient(parameter)
         state: dict[str, Any] = self.state[parameter]
+        for name in ("average", "seen"):
+            if name in state:  # a state that was loaded is where the table is
+                state[name] = state[name].float().cpu()
         if not state:
             state["step"] = 0
-            state["start"] = float(self._budget.saving(table))
+            state["start"] = float(budget.saving(table))
             state["average"] = torch.zeros(table.shape)
             state["seen"] = torch.zeros(table.shape[1])
-            state["square"] = 0.0
-            state["shown"] = 0
+            state["noise"] = 0.0
+            state["updates"] = 0
         state["step"] += 1
-        slopes = self._budget.slopes(table).clamp_min(LEAST_SLOPE)
+        slopes = budget.slopes(table).clamp_min(LEAST_SLOPE)
         direction = self._direction(state, None if gradient is None else (gradient / slopes).float(), group["averaging"])
         known = (state["seen"] > 0).to(table)  # regions no batch has shown yet have no say
         direction = (direction - (direction * known).sum() / (known.sum() * len(table)).clamp_min(1.0)) * known
         left = max(0.0, 1.0 - (state["step"] - 1) / group["total_steps"])
         share = min(1.0, state["step"] / max(1.0, group["ramp"] * group["total_steps"]))
-        saving = state["start"] + share * (self._target - state["start"])
-        assign_(parameter, self._budget.project(table - group["lr"] * left * direction, saving).to(parameter.dtype))
+        saving = state["start"] + share * (target - state["start"])
+        assign_(parameter, budget.project(table - group["lr"] * left * direction, saving).to(parameter.dtype))
         return loss
 
     def _gradient(self, parameter: torch.Tensor) -> torch.Tensor | None:
-        if parameter.grad is None:
+        own = parameter.grad
+        if own is None and not several_processes():
             return None
-        gradient = whole(parameter.grad) if hasattr(parameter.grad, "full_tensor") else mean_over_processes(parameter.grad)
-        gradient = gradient.float().cpu()
+        own = torch.zeros_like(parameter) if own is None else own  # the other processes, which have one, wait for this one's
+        gradient = whole(own) if hasattr(own, "full_tensor") else mean_over_processes(own)
+        gradient = gradient.float().cpu() / self._shares()
         broken = sorted({int(row) for row in (~gradient.isfinite()).nonzero()[:, 0]})
         if broken:
+            names = [self._diffcr.plan.routed_sites[row].path for row in broken]
             raise NonFiniteError(
-                f"The gradients of the ratios of {[self._sites[row] for row in broken]} are not finite; the loss is not, or overflowed. "
-                "Under a GradScaler call scaler.step(ratio_optimizer), which passes over such a step; otherwise go back to an earlier "
-                "checkpoint."
+                f"The gradients of the ratios of {names} are not finite; the loss is not, or overflowed. Under a GradScaler call "
+                "scaler.step(ratio_optimizer), which passes over such a step; otherwise go back to an earlier checkpoint."
             )
         return gradient
 
+    def _shares(self) -> torch.Tensor:
+        """Return each region's share of the samples since the last step, by which its gradient is smaller than if it had been alone."""
+        visits = mean_over_processes(self._diffcr.visits)
+        self._diffcr.visits = torch.zeros_like(visits)
+        return torch.where(visits > 0, visits / visits.sum().clamp_min(1e-12), 1.0)
+
     def _direction(self, state: dict[str, Any], gradient: torch.Tensor | None, averaging: float) -> torch.Tensor:
         """Return the averaged harm per saving in units of its noise, ``l r``."""
-        average, seen = state["average"], state["seen"]
+        average: torch.Tensor = state["average"]
+        seen: torch.Tensor = state["seen"]
         if gradient is not None:
             shown = gradient.abs().sum(0) > 0
             seen += shown
             average[:, shown] = averaging * average[:, shown] + (1.0 - averaging) * gradient[:, shown]
             if bool(shown.any()):
                 own = gradient[:, shown]
-                state["shown"] += 1
-                state["square"] = averaging * state["square"] + (1.0 - averaging) * float((own - own.mean()).square().mean())
-        if not state["square"]:
+                centred = own - own.mean() if own.numel() > 1 else own
+                state["updates"] += 1
+                state["noise"] = averaging * state["noise"] + (1.0 - averaging) * float(centred.square().mean())
+        if not state["noise"]:
             return torch.zeros_like(average)
-        corrected: torch.Tensor = average / (1.0 - averaging**seen).clamp_min(1e-12)
-        return corrected / (state["square"] / (1.0 - averaging ** state["shown"])) ** 0.5
+        corrected = average / (1.0 - averaging**seen).clamp_min(1e-12)
+        noise = math.sqrt(state["noise"] / (1.0 - averaging ** state["updates"]))
+        return corrected / noise
+
+
+def _check_learned(state: DiffCRState) -> None:
+    if not state.ratio_table.requires_grad:
+        raise ConversionError(
+            "The ratio table is frozen, so that no gradient would say who gets what. Adding a LoRA adapter freezes it, as "
+            "requires_grad_(False) does; call model.diffcr.requires_grad_(True) afterwards."
+        )

@@ -19,7 +19,7 @@ from diffcr_surgery.errors import ConfigError, ConversionError, NoRoutableBlockE
 from diffcr_surgery.ratios import Budget
 from diffcr_surgery.rewrite import Decision, RoutedCall, RouteTokens, used_items
 from diffcr_surgery.samples import find_splitting
-from diffcr_surgery.sites import SiteCall, site_calls
+from diffcr_surgery.sites import Hint, SiteCall, site_calls
 from diffcr_surgery.split import Splitting
 from diffcr_surgery.timesteps import TimestepRegions, timestep_regions
 from diffcr_surgery.tokens import staying_count
@@ -43,6 +43,7 @@ class BlockSite:
         tokens: n in the example inputs, those that may bypass (0 if not routed).
         width: Channels of the stream (0 if not routed).
         staying: Tokens in the same stream that never bypass: text, registers, class tokens.
+        hint: What was proven, in full; for other inputs to begin with, and for sharded weights to rely on.
     """
 
     path: str
@@ -54,6 +55,7 @@ class BlockSite:
     tokens: int = 0
     width: int = 0
     staying: int = 0
+    hint: Hint | None = field(default=None, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         values = (
@@ -66,11 +68,12 @@ class BlockSite:
             self.tokens,
             self.width,
             self.staying,
+            self.hint,
         )
         return _site, values
 
 
-def _site(path: str, block_class: str, routed: bool, reason: str, aligned: dict[str, str], *rest: int) -> BlockSite:
+def _site(path: str, block_class: str, routed: bool, reason: str, aligned: dict[str, str], *rest: Any) -> BlockSite:
     return BlockSite(path, block_class, routed, reason, MappingProxyType(aligned), *rest)
 
 
@@ -121,6 +124,7 @@ class SurgeryPlan:
     def __str__(self) -> str:
         config, routed = self.config, self.routed_sites
         target = f"ratio {config.target_ratio:g}" if config.target_share is None else f"share {config.target_share:g} of the dense cost"
+        target = target if config.learn_ratios else f"ratio {config.initial_ratio:g}, fixed"
         head = (
             f"{self.model_class.rpartition('.')[2]}: {len(routed)} of {len(self.sites)} blocks routed; target {target}, counted in "
             f"{config.cost}, in steps of {', '.join(f'{b:g}' for b in config.bins)}; {self.regions}; gate {config.gate}"
@@ -190,10 +194,17 @@ def _uniform_ratio(config: DiffCRConfig, costs: tuple[tuple[float, ...], ...]) -
     Raises:
         ConfigError: If the highest ratio does not.
     """
-    if config.target_share is None:
-        return config.target_ratio
+    if not config.learn_ratios:
+        return config.initial_ratio
     budget = Budget.of(config, torch.tensor(costs))
     wanted, most = budget.target(config), budget.uniform(config.max_ratio)
+    if config.target_share is None:
+        if config.target_ratio > 0 and wanted < 1e-3 * config.target_ratio:
+            raise ConfigError(
+                f'cost="{config.cost}": on the example inputs a ratio of {config.target_ratio:g} at all routed blocks saves nothing, '
+                'so there is nothing to aim at. Give longer sequences or larger batches, or use cost="tokens" or "flops".'
+            )
+        return config.target_ratio
     if wanted > most + 1e-6:
         lowest = 1.0 - most * sum(row[0] for row in costs)
         raise ConfigError(
@@ -212,18 +223,17 @@ def _block_site(recording: Recording, call: SiteCall, config: DiffCRConfig) -> B
     name = type(recording.blocks[call.node].module).__name__
     found: Alignment = call.alignment
     reason = found.reason
-    routable = found.routable
+    routable, hint = found.routable, (found, call.outside)
     if routable and config.blocks is not None and not re.fullmatch(config.blocks, call.path):
         routable, reason = False, f"left out by blocks={config.blocks!r}"
     if routable and (used_items(call.node) is None or found.output.count(".")):
         routable, reason = False, "its outputs are handed on as a whole, so the stream cannot be replaced among them"
     if not routable:
-        return BlockSite(call.path, name, False, reason, occurrence=call.occurrence)
+        return BlockSite(call.path, name, False, reason, occurrence=call.occurrence, hint=hint)
     _, stream = named_leaves(recording.blocks[call.node].module, call.node.args, call.node.kwargs, fx.Node)[found.stream]
     width, staying = stream.meta["shape"][-1], staying_count(call.staying)
-    return BlockSite(
-        call.path, name, True, reason, MappingProxyType(found.aligned), call.occurrence, found.tokens - staying, width, staying
-    )
+    tokens = found.tokens - staying
+    return BlockSite(call.path, name, True, reason, MappingProxyType(found.aligned), call.occurrence, tokens, width, staying, hint)
 
 
 def _count(site: BlockSite) -> str:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import distributed
 
-from diffcr_surgery._shards import whole
+from diffcr_surgery._shards import is_sharded, several_processes, whole
 from diffcr_surgery.atomic import sync
 from diffcr_surgery.config import DiffCRConfig
 from diffcr_surgery.errors import AdapterError, ConfigError, ConversionError
@@ -24,7 +25,7 @@ from diffcr_surgery.timesteps import TimestepRegions
 
 __all__ = ["load_adapter_", "save_adapter"]
 
-ADAPTER_VERSION = 1
+ADAPTER_VERSION = 2  # 1 had no costs of the sites
 TENSORS, SETTINGS = "diffcr.safetensors", "diffcr.json"
 MAX_SETTINGS_BYTES = 16 * 1024 * 1024
 
@@ -34,6 +35,9 @@ def save_adapter(model: torch.nn.Module, directory: str | os.PathLike[str]) -> N
 
     Each file is replaced in one step, and that of the tensors holds the settings too: whenever a save is interrupted, what can be loaded
     is the earlier adapter or this one, whole.
+
+    A model sharded by ``fully_shard`` is gathered, so every process has to make this call; the first one writes. Under DDP all hold the
+    same, and one of them is enough.
 
     Args:
         model: A converted model, not specialised.
@@ -67,17 +71,27 @@ def save_adapter(model: torch.nn.Module, directory: str | os.PathLike[str]) -> N
         },
         "sites": _site_rows(state.plan),
         "target_ratio": state.config.target_ratio,
-        "achieved_ratio": float(state.budget.saving(state.executed_ratios())),
+        "achieved_ratio": float((state.executed_ratios() * state.budget.region_weights).sum(1).mean()),
     }
     tensors = {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in state.state_dict().items()}
     settings["fingerprint"] = _fingerprint(settings, tensors)
-    folder = Path(directory)
+    together = is_sharded(model) and several_processes()
+    try:
+        if not together or distributed.get_rank() == 0:
+            _write(Path(directory), settings, tensors)
+    finally:
+        if together:
+            distributed.barrier()  # whoever returns finds the adapter written
+
+
+def _write(folder: Path, settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
             text = json.dumps(settings, indent=2) + "\n"
             save_file(tensors, os.path.join(scratch, TENSORS), metadata={SETTINGS: text})
             Path(scratch, SETTINGS).write_text(text, encoding="utf-8")
+            os.chmod(Path(scratch, TENSORS), Path(scratch, SETTINGS).stat().st_mode)  # safetensors lets only its writer read
             for name in (TENSORS, SETTINGS):
                 sync(Path(scratch, name))
                 os.replace(os.path.join(scratch, name), folder / name)
@@ -90,7 +104,7 @@ def _fingerprint(settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> 
     """Return a digest by which settings and tensors of one save know each other."""
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name in sorted(tensors):
-        digest.update(tensors[name].numpy().tobytes())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().tobytes())  # numpy knows no bfloat16
     return digest.hexdigest()
 
 
@@ -140,7 +154,9 @@ def load_adapter_(model: torch.nn.Module, directory: str | os.PathLike[str], exa
             f"{type(model).__module__}.{type(model).__qualname__}. Load it into a model of that class."
         )
     # What sites cost is in the file, and is not measured again.
-    planned = replace(plan(model, example_inputs, replace(config, cost="tokens", target_share=None)), config=config)
+    planned = plan(model, example_inputs, replace(config, cost="tokens", target_share=None))
+    costs = tuple(tuple(row) for row in tensors["site_costs"].tolist()) if "site_costs" in tensors else ()
+    planned = replace(planned, config=config, site_costs=costs)
     if _site_rows(planned) != settings["sites"]:
         raise AdapterError(
             f"The adapter in {folder} belongs to a model with the routed blocks {[row['path'] for row in settings['sites']]} of width "

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
+from diffcr_surgery._shards import is_sharded
 from diffcr_surgery._tree import Leaf, map_leaves
 from diffcr_surgery.align import Alignment, align_block, has_no_residual
+from diffcr_surgery.align.planned import align_as_planned
 from diffcr_surgery.axes import parse_axes
 from diffcr_surgery.detect import Lineage, latent_inputs, named_leaves, residual_after, spans
 from diffcr_surgery.errors import PatternError, SurgeryError
@@ -19,7 +21,9 @@ from diffcr_surgery.patterns import BlockPattern, pattern_of
 from diffcr_surgery.tokens import Spans
 from diffcr_surgery.trace.recording import BlockCall, Recording
 
-__all__ = ["SiteCall", "site_calls"]
+__all__ = ["Hint", "SiteCall", "site_calls"]
+
+Hint = tuple[Alignment, bool]  # what was proven of a site before, and whether its residual is added after the block
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,13 @@ class SiteCall:
     outside: bool = False
 
 
-def site_calls(recording: Recording, hints: Mapping[tuple[str, int], dict[str, str]] | None = None) -> list[SiteCall]:
+def site_calls(recording: Recording, hints: Mapping[tuple[str, int], Hint] | None = None) -> list[SiteCall]:
     """Align every block call of a recording, one proof per distinct kind; the recording's samples are dropped afterwards.
 
     Args:
         recording: A fresh recording.
-        hints: (path, occurrence) -> axis patterns proven before, tried first.
+        hints: (path, occurrence) -> what was proven before: tried first, and taken over where the block is sharded, since no process has
+            the weights to prove it anew.
 
     Raises:
         PatternError: If a registered pattern is contradicted by the proof.
@@ -59,6 +64,7 @@ def site_calls(recording: Recording, hints: Mapping[tuple[str, int], dict[str, s
     lineage = Lineage(latent_inputs(flow.graph))
     proven: dict[tuple[Hashable, ...], Alignment] = {}
     lone: dict[tuple[Hashable, ...], bool | None] = {}
+    sharded = {id(block.module): is_sharded(block.module) for block in recording.blocks.values()}
     seen: dict[str, int] = {}
     calls: list[SiteCall] = []
     for node in flow.graph.nodes:
@@ -70,9 +76,15 @@ def site_calls(recording: Recording, hints: Mapping[tuple[str, int], dict[str, s
         seen[block.path] = occurrence + 1
         streams = lineage.streams(block.module, node)
         unread = _unread(node)
-        key = (block.kind, unread, tuple((path, mark.numpy().tobytes()) for path, mark in streams.items()))
+        key: tuple[Hashable, ...] = (block.kind, unread, tuple((path, mark.numpy().tobytes()) for path, mark in streams.items()))
+        hint = (hints or {}).get((block.path, occurrence))
+        if sharded[id(block.module)]:
+            key = (block.path, occurrence)
+            known, residual_outside = hint or (_SHARDED, False)
+            proven[key] = align_as_planned(recording.samples[block.kind], streams, known)
+            lone[key] = residual_outside if known.routable else None
         if key not in proven:
-            proven[key] = _align(recording, block, streams, (hints or {}).get((block.path, occurrence)), unread)
+            proven[key] = _align(recording, block, streams, hint[0].aligned if hint and hint[0].stream else None, unread)
         found = proven[key]
         if not found.routable:
             lineage.settle_dense(block.module, node)
@@ -98,6 +110,7 @@ def site_calls(recording: Recording, hints: Mapping[tuple[str, int], dict[str, s
     return calls
 
 
+_SHARDED = Alignment(False, "its weights are sharded, so that nothing can be proven; plan and convert first, then call fully_shard")
 _NO_RESIDUAL = (
     "no residual of its own could be told, and its output is not simply added to the stream it came from (`x + gate * block(norm(x))`), so "
     "a token that bypasses it has nothing to go on as; add the residual inside the block, or plainly after it"

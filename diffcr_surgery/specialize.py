@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from diffcr_surgery._shards import is_sharded
 from diffcr_surgery.errors import ConfigError, ConversionError
 from diffcr_surgery.runtime.convert import state_of
 
@@ -18,8 +19,8 @@ def specialize_(model: torch.nn.Module, budget: float | None = None) -> torch.nn
 
     Args:
         model: A converted model.
-        budget: Share of the blocks' token work to keep, in ``[1 - max_ratio, 1]``: picks another point than the trained one by shifting the
-            table to the mean ratio ``1 - budget``. ``None`` keeps the table's own mean.
+        budget: Share of the blocks' dense cost to keep, counted as the configuration does (tokens, FLOPs or latency): picks another point
+            than the trained one by shifting the table until it saves ``1 - budget``. ``None`` keeps the table's own saving.
 
     Returns:
         The same object, in ``eval()``.
@@ -40,9 +41,14 @@ def specialize_(model: torch.nn.Module, budget: float | None = None) -> torch.nn
     state = state_of(model)
     if state.specialized:
         raise ConversionError("This model is specialised already; restore_ it and load its adapter to choose another budget.")
-    lowest = 1.0 - state.config.max_ratio
-    if budget is not None and not (isinstance(budget, (int, float)) and lowest - 1e-9 <= budget <= 1.0):
-        raise ConfigError(f"budget={budget!r}: expected the share of token work to keep, in [{lowest:g}, 1].")
+    if is_sharded(model):
+        raise ConversionError(
+            f"The weights of this {type(model).__name__} are sharded, so that routers cannot be taken out; save_adapter, and load it onto "
+            "a model that is not. For samples during training, model.eval() runs the same ratios."
+        )
+    lowest = 1.0 - state.budget.uniform(state.config.max_ratio)
+    if budget is not None and not (isinstance(budget, (int, float)) and lowest - 1e-6 <= budget <= 1.0):
+        raise ConfigError(f"budget={budget!r}: expected the share of the blocks' cost to keep, in [{lowest:g}, 1].")
     ratios = state.executed_ratios()
     if budget is not None:
         ratios = state.budget.round(state.budget.project(state.ratios(), 1.0 - budget))

@@ -136,5 +136,5 @@ def places(tree: Any) -> dict[str, Any]:
             found[path] = value
         return False
 
-    map_leaves(tree, lambda path, leaf: note(path, leaf), stop=note)
+    map_leaves(tree, note, stop=note)
     return found

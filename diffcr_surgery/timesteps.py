@@ -26,7 +26,7 @@ def at_timestep(model: torch.nn.Module, timestep: Any) -> Iterator[None]:
     """Tell a converted model its timestep, where its forward takes an embedding of it, or nothing at all.
 
     Args:
-        model: A converted model.
+        model: A converted model, bare or wrapped.
         timestep: A number, or a tensor ``b``.
 
     Example:
@@ -34,7 +34,8 @@ def at_timestep(model: torch.nn.Module, timestep: Any) -> Iterator[None]:
         >>> with at_timestep(model, 500):
         ...     y = model(torch.ones(1))
     """
-    token = _HELD.set({**_HELD.get(), id(model): timestep})
+    named = [model, *(module for module in model.modules() if hasattr(module, "diffcr"))]
+    token = _HELD.set({**_HELD.get(), **{id(module): timestep for module in named}})
     try:
         yield
     finally:

@@ -24,7 +24,7 @@ from diffcr_surgery.detect import named_leaves
 from diffcr_surgery.tokens import keep_tokens, kept_count, rank_tokens
 from diffcr_surgery.trace.recording import BlockSample
 
-__all__ = ["Alignment", "align_block", "has_no_residual"]
+__all__ = ["Alignment", "align_block", "complete", "has_no_residual", "prefix_of"]
 
 MAX_TRIALS = 600  # a round; reached only where many lengths are alike
 _COUNTS_OTHERS = re.compile("head|group|dim|channel|layer|block|index|idx", re.IGNORECASE)  # numbers equal to n by chance
@@ -47,6 +47,7 @@ class Alignment:
         counts: Path of each whole number that counts tokens -> ``"n"`` (those that may bypass) or ``"m+n"`` (all); and of each flag
             that says a mask is causal -> ``"off"``.
         overwrites: Whether the block writes into the stream it is given.
+        given: Paths of all tensor arguments the proof was run on.
     """
 
     routable: bool
@@ -59,6 +60,7 @@ class Alignment:
     trials: int = 0
     counts: dict[str, str] = field(default_factory=dict)
     overwrites: bool = False
+    given: frozenset[str] = frozenset()
 
     @property
     def aligned(self) -> dict[str, str]:
@@ -190,7 +192,8 @@ class _Trial:
                     path = self.subject.outputs[output]
                     counts = self._counts(assignment, index, output, moving, pattern)
                     written = index in self.subject.overwritten
-                    return Alignment(True, reason, stream, path, found, moving.shape[1], error, self.count, counts, written)
+                    given = frozenset(self.raw)
+                    return Alignment(True, reason, stream, path, found, moving.shape[1], error, self.count, counts, written, given)
         return None
 
     def moves_several(self, stream: str, mark: Tensor) -> list[str]:
@@ -285,7 +288,7 @@ class _Trial:
     ) -> Iterator[dict[str, str]]:
         """Yield argument sets to try, the smallest first; similar tensors of one container move together, then apart."""
         own = self.subject.paths[stream]
-        tokens, ahead = moving.shape[1], _prefix(moving)
+        tokens, ahead = moving.shape[1], prefix_of(moving)
         batch = parse_axes(pattern).batch
         samples = None if batch is None else self.subject.tensors[stream].shape[batch]
         if hint is not None:
@@ -320,15 +323,15 @@ class _Trial:
         return sizes | {a + b for a in sizes for b in sizes}
 
     def _complete(self, moved: dict[str, str], samples: int | None, batch: int | None) -> dict[str, str]:
-        """Mark the batched arguments too where the block has to be run sample by sample."""
-        if samples is None or not needs_samples(moved, samples):
-            return moved
-        rest = {
-            path: _words(t.shape, {}, samples, batch)
-            for path, t in zip(self.subject.paths, self.subject.tensors, strict=True)
-            if path not in moved
-        }
-        return moved | {path: words for path, words in rest.items() if "b" in words.split()}
+        return complete(moved, dict(zip(self.subject.paths, self.subject.tensors, strict=True)), samples, batch)
+
+
+def complete(moved: dict[str, str], tensors: Mapping[str, Tensor], samples: int | None, batch: int | None) -> dict[str, str]:
+    """Add the arguments that are batched besides those that move, where a block has to be run sample by sample."""
+    if samples is None or not needs_samples(moved, samples):
+        return moved
+    rest = {path: _words(t.shape, {}, samples, batch) for path, t in tensors.items() if path not in moved}
+    return moved | {path: words for path, words in rest.items() if "b" in words.split()}
 
 
 def _by_likelihood(options: dict[str, list[str]]) -> Iterator[dict[str, list[str]]]:
@@ -364,7 +367,7 @@ def _words(shape: torch.Size, tokens: dict[int, str], samples: int | None, batch
     return " ".join(tokens.get(i) or ("b" if i == at else "1" if shape[i] == 1 else next(names)) for i in range(len(shape)))
 
 
-def _prefix(moving: Tensor) -> int:
+def prefix_of(moving: Tensor) -> int:
     """Return how many tokens stay in front of those that may bypass, 0 where it is not the same in all samples."""
     lengths = moving.sum(1)
     ahead = moving.shape[1] - int(lengths[0])

@@ -22,8 +22,9 @@ higher; both are the first of one ranking, so K' lies in K. Let u(i, S) be the g
 
 They differ by w (u(i, K) - u(i, K')) for the tokens of K', and nowhere else: by what the tokens of K without K' do to others as attention
 context. Where tokens do not see each other they are equal, gradients in ρ included. Both are linear in ρ between bins. ``"two"`` is
-continuous everywhere; ``"boundary"`` is continuous from above at a bin, and where ρ rises to it jumps by u(i, K) - u(i, K'), as the last of the
-boundary tokens leave the context. Its gradient in ρ is that of the boundary tokens' own updates, without that of the context.
+continuous everywhere; ``"boundary"`` is continuous from above at a bin, and where ρ rises to it jumps by u(i, K) - u(i, K'), as the last
+boundary tokens leave the context. (At ``max_ratio``, the upper end of the last two bins, training keeps them there.) Its gradient in ρ is
+that of the boundary tokens' own updates, without that of the context.
 """
 
 from __future__ import annotations

@@ -138,7 +138,8 @@ def blend_weight(table: Tensor, site: int, region: Tensor, lower: float, upper: 
     Returns:
         Weights ``b`` (or one).
     """
-    weight = (table[site].index_select(0, region) - lower) / (upper - lower)
+    # In single precision, whatever a mixed-precision policy has made of the table.
+    weight = (table[site].float().index_select(0, region) - lower) / (upper - lower)
     return weight + (weight.clamp(0.0, 1.0) - weight).detach()
 
 

@@ -46,7 +46,7 @@ def _count_own(model: torch.nn.Sequential) -> int:
 
 def _outside_compiler(*arguments: Any) -> Any:
     """Do :func:`answer` where ``torch.compile`` does not look: a graph break, instead of one wherever a number is read."""
-    return torch.compiler.disable(answer)(*arguments)
+    return torch.compiler.disable(answer)(*arguments)  # type: ignore[no-untyped-call]
 
 
 _outside_compiler._torchdynamo_disable = True  # type: ignore[attr-defined]  # what torch.compiler.disable sets, which takes 2 s to import
@@ -147,7 +147,8 @@ def convert_(model: torch.nn.Module, plan_or_inputs: Any, config: DiffCRConfig |
         planned = plan(model, plan_or_inputs, config)
     _check_fits(model, planned)
     converted = _subclass(type(model))
-    state = DiffCRState(planned).train(model.training)
+    with torch.inference_mode(False):  # what is made in there could never be trained
+        state = DiffCRState(planned).train(model.training)
     reference = next((p for p in model.parameters() if p.is_floating_point()), None)
     if reference is not None:
         state.to(device=reference.device, dtype=reference.dtype)
@@ -199,7 +200,7 @@ def restore_(model: torch.nn.Module) -> torch.nn.Module:
         >>> list(restore_(convert_(model, inputs)).state_dict()) == keys
         True
     """
-    if not isinstance(getattr(model, "diffcr", None), DiffCRState):
+    if not isinstance(dict(model.named_children()).get("diffcr"), DiffCRState):  # peft's wrappers hand out the attributes of what they wrap
         state_of(model)  # says what is wrong, unless the converted model is inside this one
         raise ConversionError(f"This {type(model).__name__} wraps a converted model; give restore_ the model itself.")
     if is_sharded(model):
@@ -225,7 +226,7 @@ def restore_(model: torch.nn.Module) -> torch.nn.Module:
 def ratio_table(model: torch.nn.Module) -> torch.nn.Parameter:
     """Return the live ratio table ``l r`` (routed sites × timestep regions, cleanest first), within ``[0, max_ratio]``.
 
-    Writing to it under ``torch.no_grad()`` takes effect at the next call.
+    Writing to it under ``torch.no_grad()`` takes effect at the next call, until :func:`specialize_` fixes it.
 
     Raises:
         ConversionError: If the model is not converted.

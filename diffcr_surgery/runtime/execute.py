@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from diffcr_surgery.errors import AlignmentError
+from diffcr_surgery._shards import is_sharded, several_processes
+from diffcr_surgery.errors import AlignmentError, TimestepError
 from diffcr_surgery.plan import SurgeryPlan, routed_call
 from diffcr_surgery.rewrite import Decision, RewriteResult, RoutedCall, RouteTokens, ScatterInPlace
 from diffcr_surgery.runtime.state import DiffCRState
@@ -46,6 +47,7 @@ class _Routed:
             form = self._forms[key] = (compile_graph(result.graph), result)
             while len(self._forms) > MAX_GRAPHS:
                 self._forms.popitem(last=False)
+        self._forms.move_to_end(key)
         run, result = form
         extra: list[Any] = [torch.tensor(regions, device=state.ratio_table.device)] if result.takes_region else []
         extra += [model] if result.takes_model else []
@@ -55,7 +57,7 @@ class _Routed:
 def _aligned(recording: Recording, plan: SurgeryPlan) -> dict[Any, RoutedCall]:
     """Align a recording with the plan's sites: what was proven is proven anew where the shapes differ."""
     rows = {(site.path, site.occurrence): (row, site) for row, site in enumerate(plan.routed_sites)}
-    calls = site_calls(recording, {key: dict(site.aligned) for key, (_, site) in rows.items()})
+    calls = site_calls(recording, {(site.path, site.occurrence): site.hint for site in plan.sites if site.hint is not None})
     routed: dict[Any, RoutedCall] = {}
     for call in calls:
         if (call.path, call.occurrence) not in rows:
@@ -86,6 +88,14 @@ def answer(model: torch.nn.Module, state: DiffCRState, call: Call, forward: Call
         forward: The original class's forward, bound to the model.
     """
     regions = state.plan.regions.of_call(model, call.arguments)
+    if len(set(regions)) > 1 and several_processes() and is_sharded(model):
+        raise TimestepError(
+            f"This call's samples lie in the regions {sorted(set(regions))}, and their blocks run once for each. With sharded weights "
+            "every process has to call every block equally often, or all wait for each other forever; draw the timesteps of a batch from "
+            "one region, as RegionSampler does, the same in every process."
+        )
+    if state.training and torch.is_grad_enabled():
+        state.visits += torch.bincount(torch.tensor(regions), minlength=len(state.visits))
     cache = {region: state.decisions(region) for region in set(regions)}
     groups: dict[tuple[tuple[Decision, ...], int | None], list[int]] = {}
     for row, region in enumerate(regions):

@@ -44,6 +44,7 @@ class DiffCRState(nn.Module):
         self.register_buffer("site_costs", torch.tensor(plan.site_costs))
         known = plan.splitting.lists is not None or bool(plan.splitting.refusal)
         self.splittings = {plan.splitting.given: plan.splitting} if known else {}
+        self.visits = torch.zeros(plan.regions.count)  # samples of each region since RatioOptimizer's last step
         self._rounded: tuple[tuple[float, ...], Tensor] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -78,6 +79,8 @@ class DiffCRState(nn.Module):
         # A ratio moves by thousandths a step; half precision would swallow that, so table and costs follow the device alone.
         if self.ratio_table.dtype != torch.float32:
             self.ratio_table.data = table.to(self.ratio_table.device)
+            if self.ratio_table.grad is not None:
+                self.ratio_table.grad.data = self.ratio_table.grad.data.float()
         if self.site_costs.dtype != torch.float32:
             self.site_costs = costs.to(self.site_costs.device)
         return self
@@ -95,6 +98,8 @@ class DiffCRState(nn.Module):
             raise NonFiniteError(
                 f"The ratios of {names} are not finite; the loss or the learning rate broke training. Load an earlier adapter."
             )
+        if self.specialized:  # these are bins, and one may lie above max_ratio
+            return values
         bounded = values.clamp(0.0, self.config.max_ratio)
         if not torch.equal(bounded, values):
             assign_(self.ratio_table.data, bounded)  # a projection after the step: clamping inside the graph would stop the gradient
@@ -103,6 +108,8 @@ class DiffCRState(nn.Module):
     def executed_ratios(self) -> Tensor:
         """Return the ratios inference runs at, ``l r``: bins, rounded so that the weighted mean is kept."""
         values = self.ratios()
+        if self.specialized:
+            return values
         key = tuple(values.flatten().tolist())
         if self._rounded is None or self._rounded[0] != key:
             self._rounded = (key, self.budget.round(values))
@@ -112,7 +119,7 @@ class DiffCRState(nn.Module):
         """Return at which ratio or ratios each site runs in a region: two bins in training, one in inference."""
         if not self.training or self.specialized or not self.config.learn_ratios:
             return tuple(Decision(self._bin(value)) for value in self.executed_ratios()[:, region].tolist())
-        # At its upper bound a ratio lies between the last two bins in reach; beyond it there is nothing to learn from.
+        # At its upper bound a ratio lies between the last two bins in reach: beyond them short streams have no token left to give up.
         return tuple(Decision(*bracket(value, self.config.reachable_bins)) for value in self.ratios()[:, region].tolist())
 
     def _bin(self, value: float) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from diffcr_surgery._shards import is_sharded
 from diffcr_surgery._tree import is_dataclass_value, map_leaves
 from diffcr_surgery.errors import TraceError
 from diffcr_surgery.trace.blocks import refs_of
@@ -98,6 +99,9 @@ class _Builder:
             if here in self.recorder.fresh:
                 return self._fresh(here)
             here = self.recorder.alias.get(here)
+        if self.flow and is_sharded(self.root.module):  # a weight that fully_shard has gathered inside a block
+            self.nodes[value] = self._constant(object(), "gathered")
+            return self.nodes[value]
         raise _LeakError(value)
 
     def _fresh(self, value: int) -> fx.Node:

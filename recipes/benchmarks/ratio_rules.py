@@ -12,7 +12,6 @@ import copy
 import json
 import multiprocessing
 import statistics
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,30 +87,28 @@ def run(job: tuple[str, int, Path]) -> dict[str, Any]:
         dcs.convert_(model, example, dcs.DiffCRConfig(**arm.settings))
     rules: dict[str, Any] = {"own": lambda m: dcs.RatioOptimizer(m, total_steps=FULL.finetune_steps), "paper": PapersRule}
     rule = rules[arm.rule](model) if arm.rule in rules else None
-    start = time.perf_counter()
     schedule = Schedule(FULL.finetune_steps, FULL.finetune_lr, regions=REGIONS)
     train(model, training, schedule, seed=seed + 1, on_step=lambda _: None, ratio_optimizer=rule)
-    row: dict[str, Any] = {"arm": name, "seed": seed, "seconds": time.perf_counter() - start, "achieved": 0.0}
+    row: dict[str, Any] = {"arm": name, "seed": seed, "achieved": 0.0}
     if arm.settings is not None:
         executed = model.diffcr.executed_ratios()
         row |= {"table": dcs.ratio_table(model).tolist(), "executed": executed.tolist(), "achieved": executed.mean().item()}
         dcs.specialize_(model)
     losses = held_out_loss(model, held_out, REGIONS, MEASURED, seed + 2)
     row |= {"losses": losses, "loss": statistics.fmean(losses)}
-    print(f"{name} {seed}: loss {row['loss']:.4f} at ratio {row['achieved']:.3f}, {row['seconds']:.0f} s", flush=True)
+    print(f"{name} {seed}: loss {row['loss']:.4f} at ratio {row['achieved']:.3f}", flush=True)
     return row
 
 
 def table(rows: list[dict[str, Any]], seeds: list[int]) -> str:
-    lines = [f"| | {' | '.join(f'seed {s}' for s in seeds)} | mean | achieved ratio | time of fine-tuning |", "|---" * (len(seeds) + 4) + "|"]
-    dense = statistics.fmean(r["seconds"] for r in rows if r["arm"] == "dense")
+    lines = [f"| | {' | '.join(f'seed {s}' for s in seeds)} | mean | achieved ratio |", "|---" * (len(seeds) + 3) + "|"]
     for name, arm in ARMS.items():
         own = sorted((r for r in rows if r["arm"] == name), key=lambda r: seeds.index(r["seed"]))
         losses = [r["loss"] for r in own]
         achieved = [r["achieved"] for r in own]
         spread = f"{min(achieved):.3f}" if max(achieved) - min(achieved) < 5e-4 else f"{min(achieved):.3f} to {max(achieved):.3f}"
         cells = [*(f"{loss:.4f}" for loss in losses), f"{statistics.fmean(losses):.4f}", spread]
-        lines.append(f"| {arm.title} | {' | '.join(cells)} | {statistics.fmean(r['seconds'] for r in own) / dense:.2f}× |")
+        lines.append(f"| {arm.title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -137,7 +137,7 @@ def kept_count(ratio: float, tokens: int) -> int:
     tenths = round(10 * ratio)
     if not math.isclose(tenths / 10, ratio, abs_tol=1e-6):
         raise ValueError(f"{ratio} is no bin")
-    return -(-(10 - tenths) * tokens // 10)
+    return max(1, -(-(10 - tenths) * tokens // 10))
 
 
 def top_tokens(scores: Tensor, count: int) -> Tensor:

@@ -254,6 +254,63 @@ def test_a_gradient_that_is_no_number_is_an_error_that_names_the_site(model: nn.
     assert torch.equal(dcs.ratio_table(model), before)
 
 
+def test_a_frozen_table_is_refused(model: nn.Module) -> None:
+    """As adding a LoRA adapter leaves it: without a gradient all ratios would rise alike, in silence."""
+    optimizer = dcs.RatioOptimizer(model, total_steps=4)
+    dcs.ratio_table(model).requires_grad_(False)
+    for call in (optimizer.step, lambda: dcs.RatioOptimizer(model, total_steps=4)):
+        with pytest.raises(ConversionError, match=r"table is frozen.*model\.diffcr\.requires_grad_\(True\)"):
+            call()
+
+
+def test_an_exchanged_table_is_refused(model: nn.Module) -> None:
+    optimizer = dcs.RatioOptimizer(model, total_steps=4)
+    model.load_state_dict(model.state_dict(), assign=True)
+    with pytest.raises(ConversionError, match="was exchanged, as fully_shard"):
+        optimizer.step()
+
+
+def test_a_state_that_was_loaded_elsewhere_is_brought_back(model: nn.Module) -> None:
+    """torch puts a loaded state where the parameter is, on a GPU say; the arithmetic is done on the CPU."""
+    optimizer = dcs.RatioOptimizer(model, total_steps=4)
+    give(model, torch.randn(LAYERS, REGIONS))
+    optimizer.step()
+    state = optimizer.state[dcs.ratio_table(model)]
+    state["average"], state["seen"] = state["average"].to(torch.bfloat16), state["seen"].double()
+    give(model, torch.randn(LAYERS, REGIONS))
+    optimizer.step()
+    assert state["average"].dtype == state["seen"].dtype == torch.float32
+
+
+def test_one_block_trades_between_regions() -> None:
+    config = dcs.DiffCRConfig(target_ratio=0.3, timestep_regions=REGIONS, timestep_range=(0, 1000), blocks=r"blocks\.1")
+    model = dcs.convert_(Denoiser().train(), inputs(100.0, 900.0), config)
+    optimizer = dcs.RatioOptimizer(model, total_steps=40)
+    for step in range(40):
+        gradient = torch.zeros(1, REGIONS)
+        gradient[0, step % REGIONS] = 1.0 + step % REGIONS
+        give(model, gradient)
+        optimizer.step()
+    table = dcs.ratio_table(model).detach()[0]
+    assert (table.diff() <= 0).all() and float(table[0] - table[-1]) > 0.5
+
+
+def test_batches_of_mixed_regions_lead_to_what_batches_of_one_region_do(original: nn.Module) -> None:
+    """A region's gradient is smaller by its share of the batch, and that is no reason to compress it more."""
+    found = []
+    for batches in ([[100.0, 350.0, 350.0, 350.0]], [[100.0], [350.0]]):
+        model = copy.deepcopy(original)
+        with torch.no_grad():
+            dcs.ratio_table(model).fill_(0.25)
+        optimizer = dcs.RatioOptimizer(model, total_steps=1)
+        for times in batches:
+            given = inputs(*times)
+            sample = given["x"][:1].expand(len(times), -1, -1).contiguous()  # a region's gradient is the same in both
+            ((model(sample, given["t"]) - 1).square().mean() / len(batches)).backward()
+        found.append(optimizer._gradient(dcs.ratio_table(model))[:, :2])
+    assert found[0].all() and torch.allclose(found[0], found[1], rtol=1e-3, atol=1e-7)
+
+
 def test_it_trains_a_model_to_its_target(model: nn.Module) -> None:
     """With gradients of the real thing, from a table of exact zeros."""
     optimizer = dcs.RatioOptimizer(model, total_steps=8)

@@ -407,3 +407,54 @@ def test_scatter_in_place_pass_tells_readers_apart():
     graph.output((third, graph.call_function(torch.neg, (second,))))
     assert ScatterInPlace()(graph)
     assert [n.target for n in (first, second, third)] == [scatter_tokens, scatter_tokens_, scatter_tokens]
+
+
+def test_specialised_at_bins_above_the_maximum_stays_there():
+    """A highest ratio between bins is reached by some blocks at the bin above it, and that is what inference runs."""
+    model = converted(bins=(0.0, 0.5), max_ratio=0.2, target_ratio=0.2, initial_ratio=0.2).eval()
+    with torch.no_grad():
+        for router in model.diffcr.routers.values():
+            nn.init.normal_(router.weight)
+        wanted, ratios = model(**inputs()), model.diffcr.executed_ratios()
+        assert float(ratios.max()) == 0.5
+        dcs.specialize_(model)
+        for _ in range(2):
+            assert torch.equal(model(**inputs()), wanted)
+            assert torch.equal(dcs.ratio_table(model), ratios) and torch.equal(model.diffcr.executed_ratios(), ratios)
+
+
+def test_a_model_of_half_precision_can_be_saved(tmp_path):
+    for dtype in (torch.bfloat16, torch.float16):
+        model = converted(initial_ratio=0.3).to(dtype)
+        dcs.save_adapter(model, tmp_path / str(dtype))
+        loaded = dcs.load_adapter_(Denoiser(), tmp_path / str(dtype), inputs())
+        assert torch.equal(dcs.ratio_table(loaded), dcs.ratio_table(model))
+
+
+def test_a_timestep_told_to_a_wrapper_reaches_the_model_inside():
+    model = converted(initial_ratio=0.5).eval()
+    with torch.no_grad():
+        dcs.ratio_table(model)[:, 1] = 0.0
+        given = inputs()
+        with dcs.at_timestep(model, 10.0):
+            wanted = model(**given)
+        with dcs.at_timestep(nn.Sequential(model), 10.0):
+            got = model(**given)
+        with dcs.at_timestep(model, 990.0):
+            other = model(**given)
+    assert torch.equal(got, wanted) and not torch.equal(other, wanted)
+
+
+def test_converted_in_inference_mode_it_can_be_trained():
+    model = Denoiser()
+    with torch.inference_mode():
+        converted(model, initial_ratio=0.5)
+    model(**inputs()).square().mean().backward()
+    assert dcs.ratio_table(model).grad.any()
+
+
+def test_a_cast_model_keeps_a_gradient_that_fits_its_table():
+    model = converted(initial_ratio=0.45)
+    model(**inputs()).square().mean().backward()
+    model.to(torch.bfloat16)
+    assert dcs.ratio_table(model).grad.dtype == dcs.ratio_table(model).dtype == torch.float32

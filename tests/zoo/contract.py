@@ -122,7 +122,7 @@ def gradients_reach_every_router_and_ratio(entry: Entry, idle: set[str] = frozen
     table = dcs.ratio_table(model)
     assert table.grad.isfinite().all()
     for row, site in enumerate(plan.routed_sites):
-        # With one run for both bins a ratio learns from the bypassing tokens' own updates, as a router does; with two, from their absence too.
+        # With one run for both bins a ratio learns from bypassing tokens' own updates, as a router does; with two, from their absence too.
         assert bool(table.grad[row].all()) == (branches == "two" or site.path not in idle), site.path
         assert bool(model.diffcr.routers[str(row)].weight.grad.any()) == (site.path not in idle), site.path
 

@@ -17,7 +17,6 @@ from torch import Tensor
 import diffcr_surgery as dcs
 from tests.end_to_end.distributed_run import REGIONS, SCENARIOS, STEPS, Scenario, build, inputs
 
-
 SCRIPT, ROOT = Path(__file__).with_name("distributed_run.py"), Path(__file__).parents[2]
 LAUNCH = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
 APART = Scenario("fsdp", "apart", "two")

@@ -140,7 +140,7 @@ def test_converted_model_is_still_the_model(case: Case) -> None:
     keys = list(model.state_dict())
     assert [key for key in keys if not key.startswith("diffcr.")] == list(original.state_dict())
     routers = {f"diffcr.routers.{index}.weight" for index in range(len(case.sites))}
-    assert {key for key in keys if key.startswith("diffcr.")} == {"diffcr.ratio_table", *routers}
+    assert {key for key in keys if key.startswith("diffcr.")} == {"diffcr.ratio_table", "diffcr.site_costs", *routers}
     assert [name for name, _ in model.named_modules() if not name.startswith("diffcr")] == [name for name, _ in original.named_modules()]
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils.flop_counter import FlopCounterMode
 
 from diffcr_surgery.config import DiffCRConfig
 from diffcr_surgery.errors import ConfigError
@@ -83,6 +82,8 @@ def _read(
         meter = _Meter(model, result.graph, lambda: _clock(device))
         meter.run(*inputs)
     else:
+        from torch.utils.flop_counter import FlopCounterMode  # takes longer to import than all of this package
+
         with FlopCounterMode(display=False) as counter:
             meter = _Meter(model, result.graph, lambda: float(counter.get_total_flops()))
             meter.run(*inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -18,9 +18,7 @@ from diffcr_surgery.detect import named_leaves
 from diffcr_surgery.errors import ConfigError, ConversionError, NoRoutableBlockError
 from diffcr_surgery.ratios import Budget
 from diffcr_surgery.rewrite import Decision, RoutedCall, RouteTokens, used_items
-from diffcr_surgery.samples import find_splitting
 from diffcr_surgery.sites import Hint, SiteCall, site_calls
-from diffcr_surgery.split import Splitting
 from diffcr_surgery.timesteps import TimestepRegions, timestep_regions
 from diffcr_surgery.tokens import staying_count
 from diffcr_surgery.trace import Trace
@@ -86,7 +84,7 @@ class SurgeryPlan:
         config: Settings.
         sites: Every block call found, in order of execution.
         regions: Timestep argument, range and regions.
-        splitting: How a call whose samples lie in several regions is cut into them.
+        folded: Whether a routed block sees other samples than the call has, such as the frames of a video, or a packed sequence.
         site_costs: Share of the dense cost that each routed site takes at each reachable bin (of the model's cost; of the blocks', if
             tokens are what counts).
         graph: The routed ``torch.fx`` graph at the ratio that reaches the target if all sites have it (not kept by pickle and deepcopy).
@@ -106,7 +104,7 @@ class SurgeryPlan:
     config: DiffCRConfig
     sites: tuple[BlockSite, ...]
     regions: TimestepRegions
-    splitting: Splitting
+    folded: bool
     site_costs: tuple[tuple[float, ...], ...]
     graph: fx.Graph | None = field(default=None, repr=False, compare=False)
 
@@ -116,10 +114,10 @@ class SurgeryPlan:
         return tuple(site for site in self.sites if site.routed)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SurgeryPlan, (self.model_class, self.config, self.sites, self.regions, self.splitting, self.site_costs)
+        return SurgeryPlan, (self.model_class, self.config, self.sites, self.regions, self.folded, self.site_costs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SurgeryPlan:
-        return SurgeryPlan(self.model_class, self.config, self.sites, self.regions, self.splitting, self.site_costs)
+        return SurgeryPlan(self.model_class, self.config, self.sites, self.regions, self.folded, self.site_costs)
 
     def __str__(self) -> str:
         config, routed = self.config, self.routed_sites
@@ -145,8 +143,7 @@ def plan(model: torch.nn.Module, example_inputs: Any, config: DiffCRConfig | Non
     """Work out which blocks of ``model`` can be routed and what moves with their tokens.
 
     The model is run three times on inputs like the examples, and each distinct kind of block a few times more (many times, where
-    several of its arguments have axes as long as the tokens). With several timestep regions and a batch, it is run on samples alone too,
-    to know how the batch may be split. Nothing about the model changes, random state included.
+    several of its arguments have axes as long as the tokens). Nothing about the model changes, random state included.
 
     Args:
         model: Any transformer denoiser, or an encoder without a timestep.
@@ -181,11 +178,12 @@ def plan(model: torch.nn.Module, example_inputs: Any, config: DiffCRConfig | Non
         raise NoRoutableBlockError(_no_block(model, sites))
     routed = [call for call, site in zip(calls, sites, strict=True) if site.routed]
     table = {call.node: routed_call(recorded.recording, call, i, config) for i, call in enumerate(routed)}
-    splitting = _splitting(recorded, model, regions, list(table.values()))
+    batch = _batch_size(recorded.call.arguments, regions)
+    folded = any(parse_axes(site.pattern).batch is None or site.samples != batch for site in table.values())
     costs = site_costs(model, recorded.recording, recorded.call, table, config)
     decisions = dict.fromkeys(range(len(table)), Decision(_uniform_ratio(config, costs)))
     graph = RouteTokens(table, decisions, recorded.recording.blocks)(recorded.recording.graph).graph
-    return SurgeryPlan(_qualified(model), config, sites, regions, splitting, costs, graph)
+    return SurgeryPlan(_qualified(model), config, sites, regions, folded, costs, graph)
 
 
 def _uniform_ratio(config: DiffCRConfig, costs: tuple[tuple[float, ...], ...]) -> float:
@@ -279,15 +277,6 @@ def _no_block(model: torch.nn.Module, sites: tuple[BlockSite, ...]) -> str:
         f"attention and an MLP inside. Classes seen: {', '.join(classes)}. Check that the example inputs reach the transformer, or declare "
         "its block with register_pattern(BlockPattern(...))."
     )
-
-
-def _splitting(recorded: Trace, model: torch.nn.Module, regions: TimestepRegions, routed: list[RoutedCall]) -> Splitting:
-    """Find out how calls are cut into samples; with one region none ever is."""
-    if regions.count == 1:
-        return Splitting()
-    batch = _batch_size(recorded.call.arguments, regions)
-    folded = any(parse_axes(call.pattern).batch is None or call.samples != batch for call in routed)
-    return replace(find_splitting(model, model.forward, recorded.call, batch), folded=folded)
 
 
 def _batch_size(arguments: dict[str, Any], regions: TimestepRegions) -> int:

@@ -21,20 +21,18 @@ __all__ = ["Splitting", "given", "join", "places", "refused", "rows_of", "select
 
 @dataclass(frozen=True)
 class Splitting:
-    """What a plan knows of how calls are cut into samples.
+    """What is known of how calls are cut into samples.
 
     Attributes:
         shared: Paths of the input tensors and lists that belong to the batch as a whole.
         lists: Paths of the output lists with one entry a sample; ``None`` until a call of several samples has shown them.
         refusal: Why calls cannot be cut; empty if they can.
-        folded: Whether a routed block sees other samples than the call has, such as the frames of a video, or a packed sequence.
         given: Names of the arguments of the calls it holds for; with others a call may be cut otherwise.
     """
 
     shared: frozenset[str] = frozenset()
     lists: frozenset[str] | None = None
     refusal: str = ""
-    folded: bool = False
     given: frozenset[str] = field(default=frozenset(), compare=False)
 
 

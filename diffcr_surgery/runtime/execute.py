@@ -100,13 +100,13 @@ def answer(model: torch.nn.Module, state: DiffCRState, call: Call, forward: Call
     groups: dict[tuple[tuple[Decision, ...], int | None], list[int]] = {}
     for row, region in enumerate(regions):
         # Where a block's samples are others than the call's, one run can blend at one region's ratios alone.
-        apart = state.plan.splitting.folded and any(decision.upper is not None for decision in cache[region])
+        apart = state.plan.folded and any(decision.upper is not None for decision in cache[region])
         groups.setdefault((cache[region], region if apart else None), []).append(row)
     if len(groups) == 1:
         same = len(set(regions)) == 1
         return _run(model, state, call, forward, cache[regions[0]], regions[:1] if same else regions)
     splitting = state.splittings.get(given(call))
-    if splitting is None:  # planned with one sample, which tells too little, or without some input: this call tells
+    if splitting is None:  # the first of its kind: it is run on samples alone
         splitting = state.splittings[given(call)] = find_splitting(model, forward, call, len(regions))
     if splitting.refusal:
         raise refused(splitting.refusal)

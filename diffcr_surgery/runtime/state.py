@@ -15,6 +15,7 @@ from diffcr_surgery.plan import SurgeryPlan
 from diffcr_surgery.ratios import Budget, bracket
 from diffcr_surgery.rewrite import Decision
 from diffcr_surgery.router import Router
+from diffcr_surgery.split import Splitting
 from diffcr_surgery.trace.recording import Recordings
 
 __all__ = ["DiffCRState"]
@@ -42,8 +43,7 @@ class DiffCRState(nn.Module):
         self.ratio_table = nn.Parameter(torch.full(shape, float(self.config.initial_ratio)), requires_grad=self.config.learn_ratios)
         self.site_costs: Tensor
         self.register_buffer("site_costs", torch.tensor(plan.site_costs))
-        known = plan.splitting.lists is not None or bool(plan.splitting.refusal)
-        self.splittings = {plan.splitting.given: plan.splitting} if known else {}
+        self.splittings: dict[frozenset[str], Splitting] = {}
         self.visits = torch.zeros(plan.regions.count)  # samples of each region since RatioOptimizer's last step
         self._rounded: tuple[tuple[float, ...], Tensor] | None = None
 

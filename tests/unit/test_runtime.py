@@ -11,6 +11,8 @@ from torch.nn import functional
 
 import diffcr_surgery as dcs
 from diffcr_surgery.errors import AlignmentError, ConversionError, NonFiniteError, NoRoutableBlockError
+from diffcr_surgery.samples import find_splitting
+from diffcr_surgery.trace.key import bind_call
 from tests.models import CASES, Size, output
 
 WIDTH = 8
@@ -334,10 +336,10 @@ def test_inputs_shared_by_the_batch_are_told_from_samples(name, training):
     model = case.build(0, size=size).train(training)
     given = case.inputs(model, 3, 0, size=size)
     state = torch.get_rng_state()
-    plan = dcs.plan(model, given, dcs.DiffCRConfig(timestep_regions=2, timestep_range=case.timestep_range))
+    found = find_splitting(model, model.forward, bind_call(model.forward, (), given), 3)
     assert torch.equal(state, torch.get_rng_state())
-    assert not plan.splitting.refusal
-    tables = {name for name in plan.splitting.shared if not name.startswith("added_cond")}
+    assert not found.refusal
+    tables = {name for name in found.shared if not name.startswith("added_cond")}
     assert {name.split(".")[0] for name in tables} == {"flux": {"img_ids", "txt_ids"}, "hunyuan": {"image_rotary_emb"}, "pixart": set()}[
         name
     ]

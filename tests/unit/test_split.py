@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import pickle
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffcr_surgery.config import DiffCRConfig
 from diffcr_surgery.errors import TimestepError
-from diffcr_surgery.plan import SurgeryPlan, plan
 from diffcr_surgery.samples import find_splitting
 from diffcr_surgery.split import Splitting, join, refused, select
 from diffcr_surgery.trace.key import Call, bind_call
-from tests.models import CASES
 
 
 def call_of(**kwargs: Any) -> Call:
@@ -258,13 +254,3 @@ def test_finding_changes_nothing() -> None:
     find_splitting(model, model.forward, bind_call(model.forward, (), {"x": TOKENS, "ids": torch.arange(3)}), 3)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert model.training and not model.dropout.training and torch.equal(state, torch.get_rng_state())
-
-
-def test_plans_keep_it_through_copies() -> None:
-    case = CASES["flux"]
-    model = case.build(0)
-    planned = plan(model, case.inputs(model, 2, 0), DiffCRConfig(timestep_regions=2, timestep_range=case.timestep_range))
-    assert planned.splitting.lists is not None
-    for twin in (copy.deepcopy(planned), pickle.loads(pickle.dumps(planned))):
-        assert isinstance(twin, SurgeryPlan) and twin.splitting == planned.splitting
-    assert plan(model, case.inputs(model, 2, 0)).splitting == Splitting()  # one region: nothing is ever cut

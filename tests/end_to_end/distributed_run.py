@@ -323,6 +323,8 @@ def main(out: Path, single: bool) -> None:
             (out / "report.json").write_text(json.dumps(report))
         distributed.barrier()
         distributed.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # all is written; gloo's threads have been seen to abort an interpreter that shuts down
 
 
 if __name__ == "__main__":

@@ -29,7 +29,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     for command in ((SCRIPT, out, "single"), (*LAUNCH, SCRIPT, out)):
-        done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300, check=False)
+        for _ in range(2):  # gloo on a loaded machine has been seen to abort (once in twelve launches); results are compared all the same
+            done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300, check=False)
+            if "SIGABRT" not in done.stderr:
+                break
         assert done.returncode == 0, done.stderr[-6000:]
     return out
 

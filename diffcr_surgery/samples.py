@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffcr_surgery._tree import flatten, map_leaves
 from diffcr_surgery.align.proof import tolerance
 from diffcr_surgery.errors import TimestepError
-from diffcr_surgery.split import Splitting, given, join, places, rows_of, select
+from diffcr_surgery.split import Splitting, join, places, rows_of, select
 from diffcr_surgery.trace.key import Call, model_device
 from diffcr_surgery.trace.perturb import generator
 from diffcr_surgery.trace.recording import run_call, undisturbed
@@ -66,7 +66,7 @@ def find_splitting(model: nn.Module, forward: Callable[..., Any], call: Call, ba
     inputs = places(call.arguments)
     shared = frozenset(path for path, value in inputs.items() if len(value) != batch)
     if batch == 1:
-        return Splitting(shared, given=given(call))
+        return Splitting(shared)
     awake = _Awake(model, forward)
     with _evaluating(model), undisturbed(model, model_device(model, call.tensors)) as rewind:
 
@@ -102,12 +102,12 @@ def _tried(run: Run, call: Call, whole: Any, batch: int, shared: frozenset[str],
         wanted = map_leaves(whole, lambda _, leaf: rows_of(leaf, ends, batch), stop=lambda path, _: path in lists)
         gap = _gap(flatten(join(parts, [[0], [1]], lists))[1], flatten(wanted)[1])
     except TimestepError as error:
-        return Splitting(shared, refusal=str(error).partition(" but ")[2].partition(". Call the model")[0], given=given(call))
+        return Splitting(shared, refusal=str(error).partition(" but ")[2].partition(". Call the model")[0])
     except Exception as error:  # whatever a model raises on a sample that was cut wrongly
-        return Splitting(shared, refusal=f"one sample alone made the model raise {type(error).__name__}: {error}", given=given(call))
+        return Splitting(shared, refusal=f"one sample alone made the model raise {type(error).__name__}: {error}")
     if gap <= limit:
-        return Splitting(shared, lists, given=given(call))
-    return Splitting(shared, refusal="one sample alone gave another output than within its batch", given=given(call))
+        return Splitting(shared, lists)
+    return Splitting(shared, refusal="one sample alone gave another output than within its batch")
 
 
 def _gap(one: list[Tensor], other: list[Tensor]) -> float:

@@ -6,7 +6,7 @@ Axis 0 of a tensor, and the entries of a list, are samples if there are as many 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,13 +27,11 @@ class Splitting:
         shared: Paths of the input tensors and lists that belong to the batch as a whole.
         lists: Paths of the output lists with one entry a sample; ``None`` until a call of several samples has shown them.
         refusal: Why calls cannot be cut; empty if they can.
-        given: Names of the arguments of the calls it holds for; with others a call may be cut otherwise.
     """
 
     shared: frozenset[str] = frozenset()
     lists: frozenset[str] | None = None
     refusal: str = ""
-    given: frozenset[str] = field(default=frozenset(), compare=False)
 
 
 def given(call: Call) -> frozenset[str]:

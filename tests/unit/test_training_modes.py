@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import diffcr_surgery as dcs
+from diffcr_surgery.errors import ConversionError
 from tests.models import CASES, output
 
 pytestmark = [
@@ -131,3 +134,20 @@ def test_a_converted_model_under_torch_compile_runs_as_it_is() -> None:
     assert torch.equal(got, wanted) and all(torch.equal(ours[key], gradient) for key, gradient in theirs.items())
     assert counter.frame_count <= 1
     torch._dynamo.reset()
+
+
+def test_accelerates_mixed_precision_comes_off_and_leaves_the_routing() -> None:
+    """accelerate replaces `forward` on the object, and takes that back by following `__wrapped__`: not as far as the dense forward."""
+    model, inputs = prepared("dit", 0.5)
+    model.eval()
+    wanted = output(model(**inputs))
+    try:
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        model = accelerator.prepare_model(model)
+        with pytest.raises(ConversionError, match="keep_fp32_wrapper=False"):
+            dcs.restore_(model)
+        model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert torch.equal(output(model(**inputs)), wanted)
+    assert "forward" not in vars(dcs.restore_(model)) and not torch.equal(output(model(**inputs)), wanted)

@@ -59,7 +59,7 @@ def site_costs(
     curves = []
     for index in sorted(groups):
         alike = [other for other, group in groups.items() if group == groups[index]]
-        costs = [statistics.median(reading[i] for reading in taken[-ROUNDS + 1 :] for i in alike) for taken in readings.values()]
+        costs = [statistics.median(reading.get(i, 0.0) for reading in taken[-ROUNDS + 1 :] for i in alike) for taken in readings.values()]
         curves.append(tuple(cost / dense for cost in accumulate(costs, min)))  # noise must not make a higher ratio look dearer
     return tuple(curves)
 

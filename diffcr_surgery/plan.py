@@ -248,6 +248,7 @@ def routed_call(recording: Recording, call: SiteCall, index: int, config: DiffCR
     numbers = named_leaves(block.module, call.node.args, call.node.kwargs, int)
     return RoutedCall(
         index=index,
+        router=index,
         path=call.path,
         axes={named[name][0]: words for name, words in found.axes.items()},
         stream=raw_stream,

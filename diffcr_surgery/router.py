@@ -23,10 +23,15 @@ class Router(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1, width))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return the scores ``b n`` of tokens ``b n c``, in (0, 1) and float32."""
+    def forward(self, tokens: Tensor, checked: bool = True) -> Tensor:
+        """Return the scores ``b n`` of tokens ``b n c``, in (0, 1) and float32.
+
+        Args:
+            tokens: The tokens that enter the block.
+            checked: Whether an infinite logit, which would hide behind the sigmoid, becomes NaN to be seen.
+        """
         logits = functional.linear(tokens, self.weight.to(tokens.dtype)).squeeze(-1).float()
-        return logits.sigmoid() + 0.0 * logits  # an infinite logit would hide behind the sigmoid; so it becomes NaN, and is seen
+        return logits.sigmoid() + 0.0 * logits if checked else logits.sigmoid()
 
     def extra_repr(self) -> str:
         """Show the width."""

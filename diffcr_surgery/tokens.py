@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,15 +20,18 @@ from diffcr_surgery.errors import AlignmentError
 
 __all__ = [
     "Spans",
+    "gather_each",
     "gather_tokens",
     "keep_tokens",
     "kept_count",
     "per_sample",
+    "sample_axes",
     "rank_tokens",
     "scatter_tokens",
     "scatter_tokens_",
     "staying_count",
     "staying_tokens",
+    "top_tokens",
 ]
 
 # Tokens that never bypass, as runs (start, stop): one tuple of runs for all samples or one for each; none at all if empty.
@@ -93,8 +96,28 @@ def keep_tokens(order: Tensor, count: int, in_order: bool = False) -> Tensor:
     return kept.sort(dim=1).values if in_order else kept
 
 
+def top_tokens(scores: Tensor, count: int, staying: Tensor | None = None) -> Tensor:
+    """Return the first ``count`` tokens of :func:`rank_tokens`, ``b n`` -> ``b k``, without ranking them.
+
+    Their order is open, but the same whenever it is asked. With ``staying`` all stand as they stood in the stream.
+
+    Args:
+        scores: ``b n``, float32 and not negative.
+        count: k.
+        staying: Which tokens are kept before all others.
+    """
+    if staying is not None:
+        scores = scores.masked_fill(staying, math.inf)
+    # As whole numbers such scores keep their order; with the index below them, no two tokens are alike, on any device and in any batch.
+    keys = scores.detach().view(torch.int32).long() * 2**32 - torch.arange(scores.shape[1], device=scores.device)
+    kept = keys.topk(count, dim=-1, sorted=False).indices
+    return kept if staying is None else kept.sort(dim=1).values
+
+
 def _rows(kept: Tensor, tokens: int) -> Tensor:
     """Return indices ``b k`` as row numbers ``(b k)`` of a stream flattened to ``(b n) c``."""
+    if kept.shape[0] == 1:
+        return kept[0]
     start = torch.arange(0, kept.shape[0] * tokens, tokens, device=kept.device)
     return rearrange(kept + start[:, None], "b k -> (b k)")
 
@@ -193,40 +216,61 @@ def scatter_tokens_(stream: Tensor, update: Tensor, kept: Tensor, pattern: str) 
     return stream
 
 
-def per_sample(
-    block: Callable[..., Any], args: Any, kwargs: Any, patterns: dict[str, str], kept: Tensor, tokens: int, batch: int = 0
-) -> Any:
-    """Gather and run ``block`` sample by sample, for arguments that are indexed by token but shared by all samples.
+def gather_each(x: Tensor, kept: Tensor, pattern: str, tokens: int) -> Tensor:
+    """Gather what all samples share once for each of them: ``n d`` -> ``b k d``, with the samples in front.
+
+    Args:
+        x: A tensor whose pattern has no batch axis, such as a rotary table.
+        kept: Indices ``b k``.
+        pattern: Axis pattern of ``x``.
+        tokens: n.
+    """
+    axes = parse_axes(pattern)
+    if len(axes.tokens) > 1:  # such as a mask ``n n``
+        return torch.stack([gather_tokens(x, row[None], pattern, tokens) for row in kept])
+    _check(x, axes, tokens, pattern)
+    (axis,) = axes.tokens
+    index = _stretched(kept, axes.words[axis], x.shape[axis], tokens)
+    return x.index_select(axis, index.flatten()).unflatten(axis, index.shape).movedim(axis, 0)
+
+
+def sample_axes(patterns: Mapping[str, str]) -> dict[str, int | None]:
+    """Return how :func:`per_sample` takes one sample from each argument: along which axis, or ``None`` after :func:`gather_each`.
+
+    Args:
+        patterns: Path -> axis pattern of all arguments that move with the tokens or belong to samples.
+    """
+    return {path: parse_axes(pattern).batch for path, pattern in patterns.items()}
+
+
+def per_sample(block: Callable[..., Any], args: Any, kwargs: Any, axes: Mapping[str, int | None], batch: int, joined: int = 0) -> Any:
+    """Run ``block`` sample by sample, for arguments that are indexed by token but shared by all samples.
 
     Each sample keeps other tokens, so a rotary table ``n d`` that all share has no common gathered form. The block sees batches of one.
 
     Args:
         block: The block.
-        args: Positional arguments, not yet gathered.
-        kwargs: Keyword arguments, not yet gathered.
-        patterns: Dotted path in ``(args, kwargs)`` -> axis pattern; ``"b"`` alone marks an argument that is only cut into samples.
-        kept: Indices ``b k``.
-        tokens: n.
-        batch: Axis along which the samples' outputs are joined.
+        args: Positional arguments, gathered; what is shared by :func:`gather_each`.
+        kwargs: Keyword arguments, likewise.
+        axes: Dotted path in ``(args, kwargs)`` -> axis of the samples (length b, or 1 for all), or ``None`` for what ``gather_each`` made.
+        batch: b.
+        joined: Axis along which the samples' outputs are joined.
 
     Returns:
         The block's output.
     """
     outputs = []
-    for index in range(kept.shape[0]):
+    for index in range(batch):
 
         def cut(path: str, leaf: Any, index: int = index) -> Any:
-            return _one_sample(leaf, patterns[path], kept, index, tokens) if path in patterns else leaf
+            if path not in axes:
+                return leaf
+            axis = axes[path]
+            if axis is None:
+                return leaf[index]
+            return leaf.narrow(axis, index, 1) if leaf.shape[axis] > 1 else leaf
 
         own_args, own_kwargs = map_leaves((args, kwargs), cut)
         outputs.append(block(*own_args, **own_kwargs))
     parts = [flatten(output) for output in outputs]
-    return fill(parts[0][2], [torch.cat(tensors, batch) for tensors in zip(*(tensors for _, tensors, _ in parts), strict=True)])
-
-
-def _one_sample(x: Tensor, pattern: str, kept: Tensor, index: int, tokens: int) -> Tensor:
-    axes = parse_axes(pattern)
-    batch = axes.batch
-    if batch is not None and x.shape[batch] > 1:
-        x = x.narrow(batch, index, 1)
-    return gather_tokens(x, kept[index : index + 1], pattern, tokens) if axes.tokens else x
+    return fill(parts[0][2], [torch.cat(tensors, joined) for tensors in zip(*(tensors for _, tensors, _ in parts), strict=True)])

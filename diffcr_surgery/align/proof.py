@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diffcr_surgery._tree import fill, flatten, map_leaves
 from diffcr_surgery.axes import parse_axes
-from diffcr_surgery.tokens import gather_tokens, per_sample
+from diffcr_surgery.tokens import gather_each, gather_tokens, per_sample, sample_axes
 from diffcr_surgery.trace.perturb import generator
 
 __all__ = ["Subject", "tolerance"]
@@ -132,14 +132,16 @@ class Subject:
             counts: Path -> another value for a number among the arguments.
         """
         template = map_leaves(self.template, lambda path, leaf: (counts or {}).get(path, leaf))
-        if needs_samples(patterns, kept.shape[0]):
-            args, kwargs = fill(template, [t.clone() for t in self.tensors])
-            return flatten(per_sample(self.block, args, kwargs, patterns, kept, tokens, parse_axes(stream).batch or 0))[1]
+        apart = needs_samples(patterns, kept.shape[0])
         gathered = [
-            gather_tokens(t, kept, patterns[path], tokens) if parse_axes(patterns.get(path, "-")).tokens else t
+            _gathered(t, kept, patterns[path], tokens, apart) if parse_axes(patterns.get(path, "-")).tokens else t.clone()
             for path, t in zip(self.paths, self.tensors, strict=True)
         ]
-        return _call(self.block, template, [t.clone() for t in gathered])[1]
+        if not apart:
+            return _call(self.block, template, gathered)[1]
+        args, kwargs = fill(template, gathered)
+        joined = parse_axes(stream).batch or 0
+        return flatten(per_sample(self.block, args, kwargs, sample_axes(patterns), kept.shape[0], joined))[1]
 
 
 def _causal_flags(block: nn.Module, template: Any, tensors: list[Tensor]) -> dict[str, bool]:
@@ -154,6 +156,10 @@ def _causal_flags(block: nn.Module, template: Any, tensors: list[Tensor]) -> dic
     _, masked = _call(twin, without, [t.clone() for t in tensors])
     same = all(_gap(a, b) <= tolerance(a.dtype) for a, b in zip(masked, flagged, strict=True))
     return found if same else {}
+
+
+def _gathered(t: Tensor, kept: Tensor, pattern: str, tokens: int, apart: bool) -> Tensor:
+    return (gather_each if apart and parse_axes(pattern).batch is None else gather_tokens)(t, kept, pattern, tokens)
 
 
 def needs_samples(patterns: dict[str, str], samples: int) -> bool:

@@ -37,11 +37,11 @@ from torch import fx
 
 from diffcr_surgery.errors import SurgeryError
 from diffcr_surgery.rewrite import ops
-from diffcr_surgery.rewrite.emit import SCORES, Decision, RoutedCall, emit_block, emit_site
-from diffcr_surgery.tokens import gather_tokens, scatter_tokens, scatter_tokens_
+from diffcr_surgery.rewrite.emit import Decision, RoutedCall, Shared, emit_block, emit_site
+from diffcr_surgery.rewrite.passes import FuseSites, ScatterInPlace, ShareGathers
 from diffcr_surgery.trace.recording import BlockCall, compile_graph
 
-__all__ = ["Decision", "RewriteResult", "RouteTokens", "RoutedCall", "ScatterInPlace", "used_items"]
+__all__ = ["Decision", "FuseSites", "RewriteResult", "RouteTokens", "RoutedCall", "ScatterInPlace", "ShareGathers", "used_items"]
 
 
 class RewriteResult(NamedTuple):
@@ -66,31 +66,6 @@ def used_items(node: fx.Node) -> list[int | str] | None:
     if "shape" in node.meta:
         return []
     return None if any(not isinstance(item, (int, str)) for item in takes) else list(dict.fromkeys(takes))  # type: ignore[arg-type]
-
-
-class ScatterInPlace:
-    """The pass for inference that saves a copy of the stream a site: scatter into it where no one else reads it.
-
-    That is the case where the stream was made by the scatter of the site before, and read by this site's router and gather alone;
-    a long skip or a residual that reads it keeps the copy.
-    """
-
-    def __call__(self, graph: fx.Graph) -> bool:
-        """Change ``graph``; return whether it was modified."""
-        modified = False
-        for node in graph.find_nodes(op="call_function", target=scatter_tokens):
-            stream = node.args[0]
-            readers = set(stream.users) - {node}
-            own = all(self._copies(reader) for reader in readers)
-            if stream.target in (scatter_tokens, scatter_tokens_) and own and all(reader < node for reader in readers):
-                node.target = scatter_tokens_
-                modified = True
-        graph.lint()
-        return modified
-
-    def _copies(self, reader: fx.Node) -> bool:
-        router = reader.op == "call_module" and str(reader.target).startswith("diffcr.routers.")
-        return router or reader.target is gather_tokens
 
 
 class RouteTokens:
@@ -141,26 +116,30 @@ class RouteTokens:
         out = fx.Graph()
         env: dict[fx.Node, fx.Node] = {}
         taken: dict[fx.Node, dict[Any, fx.Node]] = {}
-        scores: dict[str, fx.Node] = {}
+        scored = frozenset(call.router for call in self.calls.values() if call.scored(self.decisions[call.index]))
         blending = any(self.decisions[call.index].upper is not None for call in self.calls.values())
         wrapped = {node for node, block in self.blocks.items() if block.checkpointed}
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
         env |= {node: out.node_copy(node) for node in inputs}
         extra = {name: out.placeholder(name) for name, wanted in (("region", blending), ("model", wrapped)) if wanted}
+        shared = Shared(extra.get("region"), self.checked, scored)
         for node in list(graph.nodes)[len(inputs) :]:
             source = node.args[0] if node.args and node.target in (operator.getitem, getattr) else None
             if isinstance(source, fx.Node) and source in taken and None not in taken[source]:
                 env[node] = taken[source][node.args[1]]
             elif node in self.calls or node in wrapped:
                 before = next(reversed(out.nodes))
-                taken[node] = self._site(out, node, env, extra)
+                items = used_items(node) or []
+                if node in wrapped:
+                    taken[node] = self._checkpointed(out, node, env, extra, items, shared)
+                else:
+                    taken[node] = self._emit(out, node, fx.map_arg(node.args, env.get), fx.map_arg(node.kwargs, env.get), items, shared)
                 self._mark(out, before, node)
-                if SCORES in taken[node]:
-                    scores[self.calls[node].path] = taken[node].pop(SCORES)
                 env |= {node: taken[node][None]} if None in taken[node] else {}
             else:
-                if node.op == "output" and self.checked and scores:
-                    out.call_function(ops.check_scores, (tuple(scores), tuple(scores.values())))
+                if node.op == "output" and self.checked and shared.scores:
+                    paths = {call.index: call.path for call in self.calls.values()}
+                    out.call_function(ops.check_scores, (tuple(paths[row] for row in shared.scores), tuple(shared.scores.values())))
                 env[node] = out.node_copy(node, env.__getitem__)
         return RewriteResult(out, bool(self.calls), blending, bool(wrapped))
 
@@ -171,19 +150,11 @@ class RouteTokens:
             new.meta["site"] = self.calls[node].index
             new = new.prev
 
-    def _site(self, out: fx.Graph, node: fx.Node, env: dict[fx.Node, fx.Node], extra: dict[str, fx.Node]) -> dict[Any, fx.Node]:
-        items = used_items(node) or []
-        if not self.blocks[node].checkpointed:
-            return self._emit(out, node, fx.map_arg(node.args, env.get), fx.map_arg(node.kwargs, env.get), items, extra.get("region"))
-        return self._checkpointed(out, node, env, extra, items)
-
-    def _emit(
-        self, graph: fx.Graph, node: fx.Node, args: Any, kwargs: Any, items: list[int | str], region: fx.Node | None
-    ) -> dict[Any, fx.Node]:
+    def _emit(self, graph: fx.Graph, node: fx.Node, args: Any, kwargs: Any, items: list[int | str], shared: Shared) -> dict[Any, fx.Node]:
         if node not in self.calls:
             return emit_block(graph, self.blocks[node].path, args, kwargs, items)
         call = self.calls[node]
-        return emit_site(graph, call, args, kwargs, items, self.decisions[call.index], region)
+        return emit_site(graph, call, args, kwargs, items, self.decisions[call.index], shared)
 
     def _checkpointed(
         self,
@@ -192,15 +163,24 @@ class RouteTokens:
         env: dict[fx.Node, fx.Node],
         extra: dict[str, fx.Node],
         items: list[int | str],
+        shared: Shared,
     ) -> dict[Any, fx.Node]:
         """Put the whole site into a function of its own, called under ``torch.utils.checkpoint``."""
         inner = fx.Graph()
         sources = list(dict.fromkeys(node.all_input_nodes))
         inside = {source: inner.placeholder(source.name) for source in sources}
+        row = self.calls[node].router if node in self.calls else None
+        given = [shared.scores[row]] if row in shared.scores else []
+        scores = {row: inner.placeholder("scores") for row in [row] if given}
         region = inner.placeholder("region") if "region" in extra else None
-        results = self._emit(inner, node, fx.map_arg(node.args, inside.get), fx.map_arg(node.kwargs, inside.get), items, region)
-        inner.output(tuple(results.values()))
+        own = Shared(region, shared.checked, shared.wanted, scores)
+        results = self._emit(inner, node, fx.map_arg(node.args, inside.get), fx.map_arg(node.kwargs, inside.get), items, own)
+        made = [] if given else list(own.scores.values())
+        inner.output((*results.values(), *made))
         site = ops.checkpointed(compile_graph(inner), f"checkpointed_{node.name}")
-        outer = [env[source] for source in sources] + ([extra["region"]] if region is not None else [])
+        outer = [*(env[source] for source in sources), *given, *([extra["region"]] if region is not None else [])]
         whole = out.call_function(site, (extra["model"], *outer))
-        return {item: out.call_function(operator.getitem, (whole, i)) for i, item in enumerate(results)}
+        found = [out.call_function(operator.getitem, (whole, i)) for i in range(len(results) + len(made))]
+        if made:
+            shared.scores[row] = found.pop()
+        return dict(zip(results, found, strict=True))

@@ -15,19 +15,20 @@ from diffcr_surgery.axes import parse_axes
 from diffcr_surgery.rewrite import ops
 from diffcr_surgery.tokens import (
     Spans,
+    gather_each,
     gather_tokens,
     keep_tokens,
     kept_count,
     per_sample,
     rank_tokens,
+    sample_axes,
     scatter_tokens,
     staying_count,
     staying_tokens,
+    top_tokens,
 )
 
-__all__ = ["SCORES", "Decision", "RoutedCall", "emit_block", "emit_site"]
-
-SCORES = object()  # the key, besides the used items of a block's output, under which a site hands out its scores
+__all__ = ["Decision", "RoutedCall", "Shared", "emit_block", "emit_site"]
 
 
 class Decision(NamedTuple):
@@ -43,6 +44,7 @@ class RoutedCall:
 
     Attributes:
         index: Row of the site in the ratio table.
+        router: Row of the site whose router decides here: its own, or an earlier one's.
         path: Module path of the block.
         axes: Path within ``(args, kwargs)`` -> axis pattern of what moves with the tokens.
         stream: Path of the stream.
@@ -60,6 +62,7 @@ class RoutedCall:
     """
 
     index: int
+    router: int
     path: str
     axes: dict[str, str]
     stream: str
@@ -75,6 +78,33 @@ class RoutedCall:
     counts: dict[str, str] = field(default_factory=dict)
     overwrites: bool = False
 
+    def kept(self, ratio: float) -> int:
+        """Return how many tokens of the stream are kept at a ratio."""
+        return kept_count(ratio, self.tokens, staying_count(self.staying))
+
+    def scored(self, decision: Decision) -> bool:
+        """Tell whether the site reads scores: to choose tokens, to blend, or since the paper's gate scales even what all keep."""
+        return self.gate == "sigmoid" or decision.upper is not None or self.kept(decision.lower) < self.tokens
+
+
+@dataclass
+class Shared:
+    """What the sites of one graph have in common.
+
+    Attributes:
+        region: Node of the samples' regions; needed to blend.
+        checked: Whether infinite scores are to be seen.
+        wanted: Rows of the routers that decide anything.
+        scores: Row of each router that has been emitted -> its scores.
+        staying: Spans of tokens that stay, and their number in all -> the mask.
+    """
+
+    region: fx.Node | None = None
+    checked: bool = True
+    wanted: frozenset[int] = frozenset()
+    scores: dict[int, fx.Node] = field(default_factory=dict)
+    staying: dict[tuple[Spans, int], fx.Node] = field(default_factory=dict)
+
 
 def _item(graph: fx.Graph, block: fx.Node, item: int | str) -> fx.Node:
     return graph.call_function(operator.getitem if isinstance(item, int) else ops.named_item, (block, item))
@@ -87,14 +117,8 @@ def emit_block(graph: fx.Graph, path: str, args: Any, kwargs: Any, items: list[i
 
 
 def emit_site(
-    graph: fx.Graph,
-    call: RoutedCall,
-    args: Any,
-    kwargs: Any,
-    items: list[int | str],
-    decision: Decision,
-    region: fx.Node | None,
-) -> dict[Any, fx.Node]:
+    graph: fx.Graph, call: RoutedCall, args: Any, kwargs: Any, items: list[int | str], decision: Decision, shared: Shared
+) -> dict[int | str | None, fx.Node]:
     """Emit a routed block call.
 
     Args:
@@ -104,22 +128,18 @@ def emit_site(
         kwargs: Keyword arguments.
         items: Which items of the output are used; empty for a lone output.
         decision: Ratio or ratios to run at.
-        region: Node of the samples' regions; needed to blend.
+        shared: What the sites of the graph share; a router emitted here is added.
 
     Returns:
-        Node of each used item; the one of the stream has all n tokens. Under ``SCORES`` that of the scores, if there is a router.
+        Node of each used item; the one of the stream has all n tokens.
     """
-    emitter = _Site(graph, call, args, kwargs, items, blended=decision.upper is not None)
-    results = _run(emitter, decision, region)
-    return results if emitter.raw_scores is None else {**results, SCORES: emitter.raw_scores}
-
-
-def _run(emitter: _Site, decision: Decision, region: fx.Node | None) -> dict[int | str | None, fx.Node]:
-    call, graph = emitter.call, emitter.graph
+    emitter = _Site(graph, call, args, kwargs, items, shared, blended=decision.upper is not None)
+    if call.index in shared.wanted:
+        emitter.scores()
     if decision.upper is None:
         return emitter.branch(decision.lower)
     table = graph.get_attr("diffcr.ratio_table")
-    weight = _named(graph, f"weight_{call.index}", ops.blend_weight, (table, call.index, region, decision.lower, decision.upper))
+    weight = _named(graph, f"weight_{call.index}", ops.blend_weight, (table, call.index, shared.region, decision.lower, decision.upper))
     if call.branches == "boundary":
         return emitter.branch(decision.lower, (decision.upper, weight))
     lower, upper = emitter.branch(decision.lower), emitter.branch(decision.upper, second=True)
@@ -132,17 +152,18 @@ def _named(graph: fx.Graph, name: str, target: Any, args: tuple[Any, ...]) -> fx
 
 
 class _Site:
-    def __init__(self, graph: fx.Graph, call: RoutedCall, args: Any, kwargs: Any, items: list[int | str], *, blended: bool) -> None:
+    def __init__(
+        self, graph: fx.Graph, call: RoutedCall, args: Any, kwargs: Any, items: list[int | str], shared: Shared, *, blended: bool
+    ) -> None:
         self.graph = graph
         self.call = call
         self.arguments = (args, kwargs)
         self.items = items
+        self.shared = shared
         self.blended = blended
         self.stream = self._find(call.stream)
-        self.raw_scores: fx.Node | None = None
         self._scores: fx.Node | None = None
         self._order: fx.Node | None = None
-        self._staying: fx.Node | None = None
         self._factor: fx.Node | None = None
 
     def _find(self, wanted: str) -> fx.Node:
@@ -152,40 +173,49 @@ class _Site:
 
     def scores(self) -> fx.Node:
         if self._scores is None:
-            i = self.call.index
-            scores = self.graph.create_node("call_module", f"diffcr.routers.{i}", (self.stream,), name=f"scores_{i}")
-            self.raw_scores = scores
+            i = self.call.router
+            if i not in self.shared.scores:
+                arguments = (self.stream,) if self.shared.checked else (self.stream, False)
+                self.shared.scores[i] = self.graph.create_node("call_module", f"diffcr.routers.{i}", arguments, name=f"scores_{i}")
+            scores = self.shared.scores[i]
             batch = parse_axes(self.call.pattern).batch
             if batch is None:  # packed tokens `n c` are one sample
                 scores = self.graph.call_method("unsqueeze", (scores, 0))
             self._scores = self.graph.call_method("transpose", (scores, 0, 1)) if batch == 1 else scores
         return self._scores
 
-    def staying(self) -> fx.Node:
-        if self._staying is None:
-            self._staying = _named(self.graph, f"staying_{self.call.index}", staying_tokens, (self.scores(), self.call.staying))
-        return self._staying
+    def staying(self) -> tuple[fx.Node, ...]:
+        """Emit the mask of the tokens that stay, if any do, once for all sites with the same."""
+        if not self.call.staying:
+            return ()
+        key = (self.call.staying, self.call.tokens)
+        if key not in self.shared.staying:
+            name = f"staying_{self.call.index}"
+            self.shared.staying[key] = _named(self.graph, name, staying_tokens, (self.scores(), self.call.staying))
+        return (self.shared.staying[key],)
 
     def order(self) -> fx.Node:
         if self._order is None:
-            ranked = (self.scores(), self.staying()) if self.call.staying else (self.scores(),)
-            self._order = _named(self.graph, f"order_{self.call.index}", rank_tokens, ranked)
+            self._order = _named(self.graph, f"order_{self.call.index}", rank_tokens, (self.scores(), *self.staying()))
         return self._order
 
     def factor(self, toward: tuple[float, fx.Node] | None, decided: bool) -> fx.Node:
         """Emit by how much each token's update counts: its gate, and on the way to a second ratio also the blend."""
         call, graph = self.call, self.graph
         if self._factor is None:
-            staying = (self.staying(),) if call.staying else ()
-            self._factor = _named(graph, f"factor_{call.index}", ops.gate_factor, (self.scores(), call.gate, *staying))
+            self._factor = _named(graph, f"factor_{call.index}", ops.gate_factor, (self.scores(), call.gate, *self.staying()))
         if toward is None:
             return self._factor
         ratio, weight = toward
-        arguments = (self._factor, self.order(), self._count(ratio), weight, decided or call.gate == "sigmoid")
+        arguments = (self._factor, self.order(), call.kept(ratio), weight, decided or call.gate == "sigmoid")
         return _named(graph, f"boundary_{call.index}", ops.boundary_factor, arguments)
 
-    def _count(self, ratio: float) -> int:
-        return kept_count(ratio, self.call.tokens, staying_count(self.call.staying))
+    def kept(self, count: int) -> fx.Node:
+        """Emit the kept tokens: ranked where a second ratio keeps the first of them, else as they come."""
+        name = f"kept_{self.call.index}"
+        if not self.blended:
+            return _named(self.graph, name, top_tokens, (self.scores(), count, *self.staying()))
+        return _named(self.graph, name, keep_tokens, (self.order(), count, *((True,) if self.call.staying else ())))
 
     def gated(self, tokens: fx.Node, processed: fx.Node, factor: fx.Node) -> fx.Node:
         """Emit the gate: what the block did is scaled."""
@@ -201,19 +231,24 @@ class _Site:
             second: Whether this is the second run of the block.
         """
         call, graph = self.call, self.graph
-        count = self._count(ratio)
-        if toward is not None and self._count(toward[0]) == count:
+        count = call.kept(ratio)
+        if toward is not None and call.kept(toward[0]) == count:
             toward = None  # so short a stream that both ratios keep the same tokens
         if count == call.tokens:
             return self._whole(toward, second)
-        kept = _named(graph, f"kept_{call.index}", keep_tokens, (self.order(), count, *((True,) if call.staying else ())))
+        if ratio == 1.0 and not self.blended and not call.staying and self.items in ([], [call.output]):
+            return {call.output: self._skip()}  # nothing enters the block
+        kept = self.kept(count)
         tokens = _named(graph, f"tokens_{call.index}", gather_tokens, (self.stream, kept, call.pattern, call.tokens))
         results = self._run_kept(kept, tokens, second, count)
         factor = graph.call_function(ops.take_factors, (self.factor(toward, decided=True), kept))
         processed = self.gated(tokens, results[call.output], factor)
-        skip = graph.call_function(torch.zeros_like, (self.stream,)) if call.outside else self.stream
-        results[call.output] = _named(graph, f"stream_{call.index}", scatter_tokens, (skip, processed, kept, call.pattern))
+        results[call.output] = _named(graph, f"stream_{call.index}", scatter_tokens, (self._skip(), processed, kept, call.pattern))
         return results
+
+    def _skip(self) -> fx.Node:
+        """Return what a bypassed token goes on as: itself, or nothing where the residual is added after the block."""
+        return self.graph.call_function(torch.zeros_like, (self.stream,)) if self.call.outside else self.stream
 
     def _whole(self, toward: tuple[float, fx.Node] | None, second: bool) -> dict[int | str | None, fx.Node]:
         """Emit the block on all tokens: nothing is gathered; only the paper's gate, or the blend, still scales."""
@@ -232,13 +267,7 @@ class _Site:
         call, graph = self.call, self.graph
         sizes = {"n": count - staying_count(call.staying), "m+n": count, "off": False}
         arguments = map_leaves(self.arguments, lambda path, leaf: sizes[call.counts[path]] if path in call.counts else leaf)
-        if needs_samples(call.axes, call.samples):
-            block = graph.get_attr(call.path)
-            inner: tuple[Any, ...] = (block, *arguments, call.axes, kept, call.tokens, parse_axes(call.pattern).batch or 0)
-            target: Any = per_sample
-            if second and call.random:
-                target = ops.per_sample_without_random_trace
-            return self._items(_named(graph, f"block_{call.index}", target, inner))
+        apart = needs_samples(call.axes, call.samples)
 
         def gather(path: str, leaf: Any) -> Any:
             pattern = call.axes.get(path)
@@ -246,10 +275,15 @@ class _Site:
                 return graph.call_method("clone", (tokens,)) if call.overwrites else tokens  # the gate reads them after the block
             if pattern is None or not parse_axes(pattern).tokens or not isinstance(leaf, fx.Node):
                 return leaf
-            return graph.call_function(gather_tokens, (leaf, kept, pattern, call.tokens))
+            each = apart and parse_axes(pattern).batch is None
+            return graph.call_function(gather_each if each else gather_tokens, (leaf, kept, pattern, call.tokens))
 
         args, kwargs = map_leaves(arguments, gather)
-        return self._call(args, kwargs, second)
+        if not apart:
+            return self._call(args, kwargs, second)
+        inner = (graph.get_attr(call.path), args, kwargs, sample_axes(call.axes), call.samples, parse_axes(call.pattern).batch or 0)
+        target = ops.per_sample_without_random_trace if second and call.random else per_sample
+        return self._items(_named(graph, f"block_{call.index}", target, inner))
 
     def _call(self, args: Any, kwargs: Any, second: bool) -> dict[int | str | None, fx.Node]:
         if not (second and self.call.random):

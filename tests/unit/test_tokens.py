@@ -17,13 +17,16 @@ from diffcr_surgery.config import DEFAULT_BINS
 from diffcr_surgery.errors import AlignmentError
 from diffcr_surgery.tokens import (
     gather_tokens,
+    gather_each,
     keep_tokens,
     kept_count,
     per_sample,
     rank_tokens,
+    sample_axes,
     scatter_tokens,
     staying_count,
     staying_tokens,
+    top_tokens,
 )
 
 BATCHED = (
@@ -314,8 +317,13 @@ def test_per_sample_equals_a_loop_by_hand(mask_batch: int) -> None:
     x, table, mask, vector = torch.randn(3, 5, 4), torch.randn(5, 4), torch.randn(mask_batch, 5, 5), torch.randn(3, 4)
     opaque = torch.randn(4)
     kept = choose(3, 5, 2)
-    extra = {"table": table, "mask": mask, "vector": vector, "opaque": opaque}
-    got, more = per_sample(rotate, (x,), {"extra": extra}, PATTERNS, kept, 5)
+    gathered = {
+        "table": gather_each(table, kept, "n c", 5),
+        "mask": gather_tokens(mask, kept, "b n n", 5),
+        "vector": vector,
+        "opaque": opaque,
+    }
+    got, more = per_sample(rotate, (gather_tokens(x, kept, "b n c", 5),), {"extra": gathered}, sample_axes(PATTERNS), batch=3)
     for i, chosen in enumerate(kept.tolist()):
         own_mask = mask[i if mask_batch > 1 else 0][chosen][:, chosen][None]
         own = {"table": table[chosen], "mask": own_mask, "vector": vector[i : i + 1], "opaque": opaque}
@@ -328,7 +336,28 @@ def test_per_sample_equals_a_loop_by_hand(mask_batch: int) -> None:
 def test_per_sample_passes_gradients_to_every_sample() -> None:
     x, table = torch.randn(2, 4, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
     kept = torch.tensor([[0, 1], [3, 1]])
-    per_sample(torch.mul, (x, table), {}, {"0.0": "b n c", "0.1": "n c"}, kept, 4).sum().backward()
+    own = (gather_tokens(x, kept, "b n c", 4), gather_each(table, kept, "n c", 4))
+    per_sample(torch.mul, own, {}, {"0.0": 0, "0.1": None}, batch=2).sum().backward()
     assert x.grad is not None and table.grad is not None
     assert (x.grad != 0).any(2).tolist() == [[True, True, False, False], [False, True, False, True]]
     assert torch.allclose(table.grad, torch.stack([x[0, 0], x[0, 1] + x[1, 1], torch.zeros(3), x[1, 3]]))
+
+
+def test_gather_each_equals_a_loop_of_gathers() -> None:
+    kept = choose(3, 5, 2)
+    for pattern, table in {"n c": torch.randn(5, 4), "m+n c": torch.randn(7, 4), "c n": torch.randn(4, 5), "n n": torch.randn(5, 5)}.items():
+        got = gather_each(table, kept, pattern, 5)
+        assert torch.equal(got, torch.stack([gather_tokens(table, row[None], pattern, 5) for row in kept]))
+
+
+# --- the most important, unranked ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_top_tokens_are_the_first_of_the_ranking(count: int) -> None:
+    scores = torch.rand(4, 6).mul(5).round().div(5)  # with ties
+    assert torch.equal(top_tokens(scores, count).sort().values, keep_tokens(rank_tokens(scores), count).sort().values)
+
+
+def test_top_tokens_that_stay_are_kept_and_all_stand_in_order() -> None:
+    scores = torch.tensor([[0.9, 0.1, 0.5, 0.7, 0.2]])
+    staying = torch.tensor([[False, True, False, False, True]])
+    assert top_tokens(scores, 3, staying).tolist() == [[0, 1, 4]]

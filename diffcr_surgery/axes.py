@@ -19,8 +19,8 @@ other   any name (``c``, ``d``, ``h``): an axis that routing leaves alone
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from diffcr_surgery.errors import PatternError
 
@@ -30,27 +30,18 @@ TOKEN_WORDS = ("n", "m+n", "n+m", "n-m")
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*|1")
 
 
-@dataclass(frozen=True)
-class Axes:
+class Axes(NamedTuple):
     """A parsed axis pattern.
 
     Attributes:
         words: One word an axis; empty for an opaque argument.
+        tokens: Positions of the axes that hold routed tokens.
+        batch: Position of the batch axis, or of a leading axis of size 1 that can stand for it.
     """
 
     words: tuple[str, ...]
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """Positions of the axes that hold routed tokens."""
-        return tuple(i for i, word in enumerate(self.words) if word in TOKEN_WORDS)
-
-    @property
-    def batch(self) -> int | None:
-        """Position of the batch axis, or of a leading axis of size 1 that can stand for it."""
-        if "b" in self.words:
-            return self.words.index("b")
-        return 0 if self.words and self.words[0] == "1" else None
+    tokens: tuple[int, ...] = ()
+    batch: int | None = None
 
     def __str__(self) -> str:
         return " ".join(self.words) or "-"
@@ -71,6 +62,9 @@ def parse_axes(pattern: str) -> Axes:
     return _parse(pattern)  # what cannot be hashed is refused before the cache sees it
 
 
+parse_axes._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what torch.compiler.assume_constant_result sets
+
+
 @lru_cache(maxsize=4096)
 def _parse(pattern: str) -> Axes:
     words = tuple(pattern.split())
@@ -83,4 +77,5 @@ def _parse(pattern: str) -> Axes:
             raise PatternError(f"Axis pattern {pattern!r}: {word!r} stands twice; only the token axis and 1 may repeat.")
     if len({word for word in words if word in TOKEN_WORDS}) > 1:
         raise PatternError(f"Axis pattern {pattern!r} mixes {TOKEN_WORDS}; all token axes of one argument are counted alike.")
-    return Axes(words)
+    batch = words.index("b") if "b" in words else 0 if words[0] == "1" else None
+    return Axes(words, tuple(i for i, word in enumerate(words) if word in TOKEN_WORDS), batch)

@@ -7,6 +7,7 @@ import torch
 from diffcr_surgery._shards import is_sharded
 from diffcr_surgery.errors import ConfigError, ConversionError
 from diffcr_surgery.runtime.convert import state_of
+from diffcr_surgery.runtime.subclass import leave_to_compiler
 
 __all__ = ["specialize_"]
 
@@ -53,10 +54,8 @@ def specialize_(model: torch.nn.Module, budget: float | None = None) -> torch.nn
     if budget is not None:
         ratios = state.budget.round(state.budget.project(state.ratios(), 1.0 - budget))
     dead = [str(row) for row, values in enumerate(ratios) if not values.any() and state.config.gate != "sigmoid"]
-    state.ratio_table.requires_grad_(False)
-    state.ratio_table.grad = None
-    state.ratio_table.data.copy_(ratios)
-    state.specialized = True
+    state.fix(ratios)
     for row in dead:
         del state.routers[row]
+    leave_to_compiler(next(type(module) for module in model.modules() if module._modules.get("diffcr") is state))
     return model.eval()

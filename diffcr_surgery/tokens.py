@@ -25,8 +25,8 @@ __all__ = [
     "keep_tokens",
     "kept_count",
     "per_sample",
-    "sample_axes",
     "rank_tokens",
+    "sample_axes",
     "scatter_tokens",
     "scatter_tokens_",
     "staying_count",
@@ -231,7 +231,8 @@ def gather_each(x: Tensor, kept: Tensor, pattern: str, tokens: int) -> Tensor:
     _check(x, axes, tokens, pattern)
     (axis,) = axes.tokens
     index = _stretched(kept, axes.words[axis], x.shape[axis], tokens)
-    return x.index_select(axis, index.flatten()).unflatten(axis, index.shape).movedim(axis, 0)
+    picked = x.index_select(axis, index.flatten())
+    return picked.reshape(*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]).movedim(axis, 0)
 
 
 def sample_axes(patterns: Mapping[str, str]) -> dict[str, int | None]:

@@ -169,7 +169,7 @@ class RouteTokens:
         inner = fx.Graph()
         sources = list(dict.fromkeys(node.all_input_nodes))
         inside = {source: inner.placeholder(source.name) for source in sources}
-        row = self.calls[node].router if node in self.calls else None
+        row = self.calls[node].router if node in self.calls else -1
         given = [shared.scores[row]] if row in shared.scores else []
         scores = {row: inner.placeholder("scores") for row in [row] if given}
         region = inner.placeholder("region") if "region" in extra else None

@@ -6,11 +6,6 @@ copied, wrapped or renamed, so checkpoints, adapters, hooks and pipelines go on 
 
 from __future__ import annotations
 
-import functools
-import inspect
-import threading
-import weakref
-from collections.abc import Iterator
 from typing import Any, Literal, overload
 
 import torch
@@ -19,78 +14,10 @@ from diffcr_surgery._shards import is_sharded
 from diffcr_surgery.config import DiffCRConfig
 from diffcr_surgery.errors import ConversionError
 from diffcr_surgery.plan import SurgeryPlan, plan
-from diffcr_surgery.runtime.execute import answer
 from diffcr_surgery.runtime.state import DiffCRState
-from diffcr_surgery.trace.key import bind_call
+from diffcr_surgery.runtime.subclass import original_class, subclass
 
 __all__ = ["convert_", "original_class", "ratio_loss", "ratio_table", "restore_", "state_of"]
-
-_SUBCLASSES: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
-_LOCK = threading.Lock()
-
-
-def _rebuild(original: type, make: Any, args: tuple[Any, ...]) -> Any:
-    """Recreate a converted object for pickle and deepcopy, whose class cannot be found by name."""
-    converted = _subclass(original)
-    return make(*(converted if arg is original else arg for arg in args))
-
-
-def _own_children(model: torch.nn.Sequential) -> Iterator[torch.nn.Module]:
-    """Iterate over what a ``Sequential`` runs: its children without ``diffcr``."""
-    return (child for name, child in model.named_children() if name != "diffcr")
-
-
-def _count_own(model: torch.nn.Sequential) -> int:
-    return sum(1 for _ in _own_children(model))
-
-
-def _outside_compiler(*arguments: Any) -> Any:
-    """Do :func:`answer` where ``torch.compile`` does not look: a graph break, instead of one wherever a number is read."""
-    return torch.compiler.disable(answer)(*arguments)  # type: ignore[no-untyped-call]
-
-
-_outside_compiler._torchdynamo_disable = True  # type: ignore[attr-defined]  # what torch.compiler.disable sets, which takes 2 s to import
-
-
-def _subclass(original: type) -> type:
-    """Return the converted twin of a model class: same name and module, another forward."""
-    with _LOCK:
-        found = _SUBCLASSES.get(original)
-        if found is not None:
-            return found
-        signature = inspect.signature(original.forward)  # type: ignore[attr-defined]
-        own = signature.replace(parameters=list(signature.parameters.values())[1:])
-
-        @functools.wraps(original.forward)  # type: ignore[attr-defined]
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            call = bind_call(own, args, kwargs)
-            # Routing follows the ratios, which move with every step: under torch.compile it runs as it is, its blocks compiled or not.
-            run = _outside_compiler if torch.compiler.is_dynamo_compiling() and not self.diffcr.specialized else answer
-            return run(self, self.diffcr, call, functools.partial(original.forward, self))  # type: ignore[attr-defined]
-
-        # accelerate takes its mixed-precision wrappers off a model by following `__wrapped__`, and would find the dense forward there.
-        del forward.__wrapped__
-        forward.__signature__ = signature  # type: ignore[attr-defined]
-
-        def reduce(self: Any, protocol: Any) -> Any:
-            standard: Any = super(converted, self).__reduce_ex__  # type: ignore[arg-type]
-            make, args, *rest = standard(protocol)
-            return (_rebuild, (original, make, tuple(original if arg is converted else arg for arg in args)), *rest)
-
-        extra: dict[str, Any] = {"__iter__": _own_children, "__len__": _count_own} if issubclass(original, torch.nn.Sequential) else {}
-        names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-        converted = type(
-            original.__name__,
-            (original,),
-            {**names, **extra, "forward": forward, "__reduce_ex__": reduce, "_diffcr_original": original},
-        )
-        _SUBCLASSES[original] = converted
-        return converted
-
-
-def original_class(model: torch.nn.Module) -> type:
-    """Return the class a converted model had before (its own if it is not converted)."""
-    return getattr(type(model), "_diffcr_original", type(model))
 
 
 def state_of(model: torch.nn.Module) -> DiffCRState:
@@ -146,7 +73,7 @@ def convert_(model: torch.nn.Module, plan_or_inputs: Any, config: DiffCRConfig |
     else:
         planned = plan(model, plan_or_inputs, config)
     _check_fits(model, planned)
-    converted = _subclass(type(model))
+    converted = subclass(type(model))
     with torch.inference_mode(False):  # what is made in there could never be trained
         state = DiffCRState(planned).train(model.training)
     reference = next((p for p in model.parameters() if p.is_floating_point()), None)

@@ -4,24 +4,44 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from diffcr_surgery._shards import is_sharded, several_processes
+from diffcr_surgery._tree import fill
 from diffcr_surgery.errors import AlignmentError, TimestepError
 from diffcr_surgery.plan import SurgeryPlan, routed_call
-from diffcr_surgery.rewrite import Decision, RewriteResult, RoutedCall, RouteTokens, ScatterInPlace
+from diffcr_surgery.rewrite import Decision, FuseSites, RewriteResult, RoutedCall, RouteTokens, ScatterInPlace, ShareGathers
 from diffcr_surgery.runtime.state import DiffCRState
 from diffcr_surgery.samples import find_splitting
 from diffcr_surgery.sites import site_calls
 from diffcr_surgery.split import given, join, refused, select
-from diffcr_surgery.trace.key import Call
-from diffcr_surgery.trace.recording import Recording, compile_graph
+from diffcr_surgery.trace.key import Call, model_device
+from diffcr_surgery.trace.recorder import rng_state
+from diffcr_surgery.trace.recording import Recording, compile_graph, set_rng_state
 
-__all__ = ["answer"]
+__all__ = ["Prepared", "Step", "answer", "prepare"]
 
 MAX_GRAPHS = 64
+
+
+@dataclass(frozen=True)
+class Step:
+    """A routed graph as a Python function, with what to call it on.
+
+    Attributes:
+        run: The function; ``torch.compile`` finds no Python decision in it.
+        inputs: The model, its input tensors, and values the recording or the rewrite added.
+        output: The structure of the model's output, to be filled with what ``run`` returns.
+        guarded: Whether ``run`` may stop at a value that is not the recorded one.
+    """
+
+    run: Callable[..., Any]
+    inputs: tuple[Any, ...]
+    output: Any
+    guarded: bool
 
 
 class _Routed:
@@ -32,26 +52,27 @@ class _Routed:
         self.calls = _aligned(recording, plan)
         self._forms: OrderedDict[tuple[tuple[Decision, ...], bool, bool], tuple[Callable[..., Any], RewriteResult]] = OrderedDict()
 
-    def run(
+    def step(
         self, model: torch.nn.Module, state: DiffCRState, tensors: list[torch.Tensor], decisions: tuple[Decision, ...], regions: list[int]
-    ) -> Any:
-        in_place = state.specialized and not torch.is_grad_enabled()
-        key = (decisions, in_place, state.specialized)
-        form = self._forms.get(key)
-        if form is None:
-            result = RouteTokens(self.calls, dict(enumerate(decisions)), self.recording.blocks, checked=not state.specialized)(
-                self.recording.graph
-            )
-            if in_place:
-                ScatterInPlace()(result.graph)
-            form = self._forms[key] = (compile_graph(result.graph), result)
+    ) -> Step:
+        """Return the graph for these decisions, made now if need be."""
+        run, result = self._form(decisions, state.specialized, state.specialized and not torch.is_grad_enabled())
+        extra: list[Any] = [torch.tensor(regions, device=state.ratio_table.device)] if result.takes_region else []
+        extra += [model] if result.takes_model else []
+        return Step(run, (model, *tensors, *self.recording.constants, *extra), self.recording.output, self.recording.guarded)
+
+    def _form(self, decisions: tuple[Decision, ...], fixed: bool, in_place: bool) -> tuple[Callable[..., Any], RewriteResult]:
+        key = (decisions, fixed, in_place)
+        if key not in self._forms:
+            result = RouteTokens(self.calls, dict(enumerate(decisions)), self.recording.blocks, checked=not fixed)(self.recording.graph)
+            for wanted, rewrite in ((fixed, ShareGathers()), (fixed, FuseSites()), (in_place, ScatterInPlace())):
+                if wanted:
+                    rewrite(result.graph)
+            self._forms[key] = (compile_graph(result.graph), result)
             while len(self._forms) > MAX_GRAPHS:
                 self._forms.popitem(last=False)
         self._forms.move_to_end(key)
-        run, result = form
-        extra: list[Any] = [torch.tensor(regions, device=state.ratio_table.device)] if result.takes_region else []
-        extra += [model] if result.takes_model else []
-        return self.recording.execute(run, model, tensors, extra)
+        return self._forms[key]
 
 
 def _aligned(recording: Recording, plan: SurgeryPlan) -> dict[Any, RoutedCall]:
@@ -75,6 +96,16 @@ def _aligned(recording: Recording, plan: SurgeryPlan) -> dict[Any, RoutedCall]:
     return routed
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Samples of a call that run together."""
+
+    call: Call
+    decisions: tuple[Decision, ...]
+    regions: list[int]
+    rows: list[int]
+
+
 def answer(model: torch.nn.Module, state: DiffCRState, call: Call, forward: Callable[..., Any]) -> Any:
     """Return what the converted model returns for ``call``.
 
@@ -87,6 +118,59 @@ def answer(model: torch.nn.Module, state: DiffCRState, call: Call, forward: Call
         call: The call.
         forward: The original class's forward, bound to the model.
     """
+    parts, lists = _cut(model, state, call, forward)
+    outputs = []
+    for part in parts:
+
+        def use(recording: Recording, part: _Part = part) -> Any:
+            step = _routed(recording, state).step(model, state, part.call.tensors, part.decisions, part.regions)
+            return recording.execute(step.run, step.inputs)
+
+        outputs.append(state.recordings.answer(model, part.call, forward, use))
+    return _together(outputs, parts, lists)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A call in which nothing is left to decide.
+
+    Attributes:
+        steps: The graphs to run, one for each part of the call.
+        finish: Makes the call's result of what they return.
+        rewind: Undoes what a run that a guard has stopped may have left behind.
+    """
+
+    steps: list[Step]
+    finish: Callable[[list[Any]], Any]
+    rewind: Callable[[], None]
+
+
+def prepare(model: torch.nn.Module, state: DiffCRState, call: Call, forward: Callable[..., Any]) -> Prepared:
+    """Return what :func:`answer` would run, not run yet."""
+    parts, lists = _cut(model, state, call, forward)
+    steps = []
+    for part in parts:
+
+        def use(recording: Recording, part: _Part = part) -> Step:
+            return _routed(recording, state).step(model, state, part.call.tensors, part.decisions, part.regions)
+
+        steps.append(state.recordings.answer(model, part.call, forward, use))
+    device, gradients = model_device(model, call.tensors), torch.is_grad_enabled()
+    random = rng_state(device) if any(step.guarded for step in steps) else None
+
+    def finish(values: list[Any]) -> Any:
+        return _together([fill(step.output, value) for step, value in zip(steps, values, strict=True)], parts, lists)
+
+    def rewind() -> None:
+        torch.set_grad_enabled(gradients)
+        if random is not None:
+            set_rng_state(random, device)
+
+    return Prepared(steps, finish, rewind)
+
+
+def _cut(model: torch.nn.Module, state: DiffCRState, call: Call, forward: Callable[..., Any]) -> tuple[list[_Part], frozenset[str]]:
+    """Cut a call into the parts that run together; with them go the paths of output lists that hold one entry a sample."""
     regions = state.plan.regions.of_call(model, call.arguments)
     if len(set(regions)) > 1 and several_processes() and is_sharded(model):
         raise TimestepError(
@@ -104,30 +188,24 @@ def answer(model: torch.nn.Module, state: DiffCRState, call: Call, forward: Call
         groups.setdefault((cache[region], region if apart else None), []).append(row)
     if len(groups) == 1:
         same = len(set(regions)) == 1
-        return _run(model, state, call, forward, cache[regions[0]], regions[:1] if same else regions)
+        return [_Part(call, cache[regions[0]], regions[:1] if same else regions, list(range(len(regions))))], frozenset()
     splitting = state.splittings.get(given(call))
     if splitting is None:  # the first of its kind: it is run on samples alone
         splitting = state.splittings[given(call)] = find_splitting(model, forward, call, len(regions))
     if splitting.refusal:
         raise refused(splitting.refusal)
-    parts = []
-    for (decisions, _), rows in groups.items():
-        part = select(call, rows, len(regions), splitting.shared)
-        parts.append(_run(model, state, part, forward, decisions, [regions[row] for row in rows]))
-    return join(parts, list(groups.values()), splitting.lists or frozenset())
+    parts = [
+        _Part(select(call, rows, len(regions), splitting.shared), decisions, [regions[row] for row in rows], rows)
+        for (decisions, _), rows in groups.items()
+    ]
+    return parts, splitting.lists or frozenset()
 
 
-def _run(
-    model: torch.nn.Module,
-    state: DiffCRState,
-    call: Call,
-    forward: Callable[..., Any],
-    decisions: tuple[Decision, ...],
-    regions: list[int],
-) -> Any:
-    def use(recording: Recording) -> Any:
-        if recording.derived is None:
-            recording.derived = _Routed(recording, state.plan)
-        return recording.derived.run(model, state, call.tensors, decisions, regions)
+def _together(outputs: list[Any], parts: list[_Part], lists: frozenset[str]) -> Any:
+    return outputs[0] if len(parts) == 1 else join(outputs, [part.rows for part in parts], lists)
 
-    return state.recordings.answer(model, call, forward, use)
+
+def _routed(recording: Recording, state: DiffCRState) -> _Routed:
+    if recording.derived is None:
+        recording.derived = _Routed(recording, state.plan)
+    return recording.derived  # type: ignore[no-any-return]

@@ -29,14 +29,14 @@ class DiffCRState(nn.Module):
         routers: Row of the table, as a string -> :class:`Router`.
         ratio_table: The learnable ratios, one row a routed site, one column a timestep region, cleanest first.
         site_costs: Share of the dense model's cost that each site takes at each reachable bin, ``l m``.
+        fixed: Of each region, at which bins the sites run, once :func:`diffcr_surgery.specialize_` has fixed them.
         splittings: Names of a call's arguments -> how calls with these are cut into samples.
-        specialized: Whether :func:`diffcr_surgery.specialize_` has fixed the ratios.
     """
 
     def __init__(self, plan: SurgeryPlan) -> None:
         super().__init__()
         self.plan = plan
-        self.specialized = False
+        self.fixed: tuple[tuple[Decision, ...], ...] | None = None
         self.recordings = Recordings()
         self.routers = nn.ModuleDict({str(i): Router(site.width) for i, site in enumerate(plan.routed_sites)})
         shape = (len(plan.routed_sites), plan.regions.count)
@@ -62,6 +62,18 @@ class DiffCRState(nn.Module):
     def config(self) -> DiffCRConfig:
         """Settings of the conversion."""
         return self.plan.config
+
+    @property
+    def specialized(self) -> bool:
+        """Whether the ratios are fixed."""
+        return self.fixed is not None
+
+    def fix(self, ratios: Tensor) -> None:
+        """Run at these ratios ``l r`` from now on, all of them bins: kept counts no longer depend on any tensor."""
+        self.ratio_table.requires_grad_(False)
+        self.ratio_table.grad = None
+        self.ratio_table.data.copy_(ratios)
+        self.fixed = tuple(tuple(Decision(self._bin(value)) for value in column) for column in ratios.T.tolist())
 
     @property
     def budget(self) -> Budget:
@@ -117,7 +129,9 @@ class DiffCRState(nn.Module):
 
     def decisions(self, region: int) -> tuple[Decision, ...]:
         """Return at which ratio or ratios each site runs in a region: two bins in training, one in inference."""
-        if not self.training or self.specialized or not self.config.learn_ratios:
+        if self.fixed is not None:
+            return self.fixed[region]
+        if not self.training or not self.config.learn_ratios:
             return tuple(Decision(self._bin(value)) for value in self.executed_ratios()[:, region].tolist())
         # At its upper bound a ratio lies between the last two bins in reach: beyond them short streams have no token left to give up.
         return tuple(Decision(*bracket(value, self.config.reachable_bins)) for value in self.ratios()[:, region].tolist())

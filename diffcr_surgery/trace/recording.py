@@ -123,12 +123,12 @@ class Recording:
 
     def run(self, model: torch.nn.Module, tensors: list[torch.Tensor]) -> Any:
         """Execute the graph on input tensors, with ``model`` as ``self``."""
-        return self.execute(self._run, model, tensors)
+        return self.execute(self._run, (model, *tensors, *self.constants))
 
-    def execute(self, run: Callable[..., Any], model: torch.nn.Module, tensors: list[torch.Tensor], extra: Sequence[Any] = ()) -> Any:
-        """Call a compiled graph, with values for placeholders a rewrite added, and rebuild the recorded output structure."""
+    def execute(self, run: Callable[..., Any], inputs: Sequence[Any]) -> Any:
+        """Call a compiled graph and rebuild the recorded output structure."""
         with torch.set_grad_enabled(torch.is_grad_enabled()):  # a graph may be stopped by a guard while gradients are off
-            values = run(model, *tensors, *self.constants, *extra)
+            values = run(*inputs)
         return fill(self.output, values)
 
 
@@ -173,6 +173,11 @@ class Recordings:
             recording = self._try(key, model, call, use)  # another thread may have recorded it meanwhile
             if recording is not None:
                 return recording[0]
+            if torch.compiler.is_exporting():
+                raise TraceError(
+                    f"{type(model).__name__} has to be recorded on inputs like these before it is exported: call the model once, on real "
+                    "tensors of the same shapes and dtypes, with gradients on or off alike, and export it then."
+                )
             made = record(model, call, forward)
             result = use(made)  # under the lock: what is derived from a recording is made once, before others see it
             self._store(key, made)

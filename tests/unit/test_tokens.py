@@ -16,8 +16,8 @@ from torch import Tensor
 from diffcr_surgery.config import DEFAULT_BINS
 from diffcr_surgery.errors import AlignmentError
 from diffcr_surgery.tokens import (
-    gather_tokens,
     gather_each,
+    gather_tokens,
     keep_tokens,
     kept_count,
     per_sample,
@@ -345,7 +345,12 @@ def test_per_sample_passes_gradients_to_every_sample() -> None:
 
 def test_gather_each_equals_a_loop_of_gathers() -> None:
     kept = choose(3, 5, 2)
-    for pattern, table in {"n c": torch.randn(5, 4), "m+n c": torch.randn(7, 4), "c n": torch.randn(4, 5), "n n": torch.randn(5, 5)}.items():
+    for pattern, table in {
+        "n c": torch.randn(5, 4),
+        "m+n c": torch.randn(7, 4),
+        "c n": torch.randn(4, 5),
+        "n n": torch.randn(5, 5),
+    }.items():
         got = gather_each(table, kept, pattern, 5)
         assert torch.equal(got, torch.stack([gather_tokens(table, row[None], pattern, 5) for row in kept]))
 

@@ -1,0 +1,132 @@
+"""The class a converted model has: a subclass of its own, with a forward that routes.
+
+``torch.compile`` sees of a specialised model the routed graphs and nothing else. Which region a call is in, and which graph answers it, is
+Python that reads tensors; so the frame of ``forward`` is passed over (:func:`leave_to_compiler`), and the compiler begins anew at each
+graph that is called from there. Every graph is a function of its own with static shapes and no decision: one compilation for each region
+and input shape, no graph break, and none from step to step. Of a model in training, whose kept counts move, it sees nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from diffcr_surgery.runtime.execute import Prepared, answer, prepare
+from diffcr_surgery.trace.builder import StaleRecordingError
+from diffcr_surgery.trace.key import bind_call
+
+__all__ = ["leave_to_compiler", "original_class", "subclass"]
+
+_SUBCLASSES: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+def _answer(model: Any, signature: inspect.Signature, args: Any, kwargs: Any, dense: Callable[..., Any]) -> Any:
+    return answer(model, model.diffcr, bind_call(signature, args, kwargs), dense)
+
+
+def _prepare(model: Any, signature: inspect.Signature, args: Any, kwargs: Any, dense: Callable[..., Any]) -> Prepared:
+    return prepare(model, model.diffcr, bind_call(signature, args, kwargs), dense)
+
+
+def _finish(prepared: Prepared, values: list[Any]) -> Any:
+    return prepared.finish(values)
+
+
+def _start_over(prepared: Prepared, *call: Any) -> Any:
+    prepared.rewind()
+    return _answer(*call)
+
+
+def _hidden(*call: Any) -> Any:
+    return torch.compiler.disable(_answer)(*call)  # type: ignore[no-untyped-call]
+
+
+_hidden._torchdynamo_disable = True  # type: ignore[attr-defined]  # what torch.compiler.disable sets, which takes 2 s to import
+
+# These functions as they are to be called from forward's frame: themselves, or out of the compiler's sight.
+_OUTSIDE: dict[Callable[..., Any], Callable[..., Any]] = {function: function for function in (_answer, _prepare, _finish, _start_over)}
+
+
+def leave_to_compiler(converted: Any) -> None:
+    """Let ``torch.compile`` pass over the forward of a converted class, and begin at the graphs that are called from it."""
+    from torch._dynamo.decorators import skip  # as torch.compiler.disable(recursive=False), but in place; it takes 2 s to import
+
+    with _LOCK:
+        skip(converted.forward)
+        for function, outside in _OUTSIDE.items():
+            if outside is function:
+                _OUTSIDE[function] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+
+
+def _rebuild(original: type, make: Any, args: tuple[Any, ...], specialized: bool) -> Any:
+    """Recreate a converted object for pickle and deepcopy, whose class cannot be found by name."""
+    converted = subclass(original)
+    if specialized:
+        leave_to_compiler(converted)
+    return make(*(converted if arg is original else arg for arg in args))
+
+
+def _own_children(model: torch.nn.Sequential) -> Iterator[torch.nn.Module]:
+    """Iterate over what a ``Sequential`` runs: its children without ``diffcr``."""
+    return (child for name, child in model.named_children() if name != "diffcr")
+
+
+def _count_own(model: torch.nn.Sequential) -> int:
+    return sum(1 for _ in _own_children(model))
+
+
+def subclass(original: type) -> type:
+    """Return the converted twin of a model class: same name and module, another forward."""
+    with _LOCK:
+        found = _SUBCLASSES.get(original)
+        if found is None:
+            found = _SUBCLASSES[original] = _twin(original)
+        return found
+
+
+def _twin(original: type) -> type:
+    signature = inspect.signature(original.forward)  # type: ignore[attr-defined]
+    own = signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    # Python functions called from this frame must be the compiler's business or in _OUTSIDE: it would try to compile any other.
+    @functools.wraps(original.forward)  # type: ignore[attr-defined]
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = (self, own, args, kwargs, functools.partial(original.forward, self))  # type: ignore[attr-defined]
+        if self.diffcr.fixed is None:
+            return (_hidden if torch.compiler.is_dynamo_compiling() else _OUTSIDE[_answer])(*call)
+        prepared = _OUTSIDE[_prepare](*call)
+        values = []
+        try:
+            for step in prepared.steps:
+                values.append(step.run(*step.inputs))
+        except StaleRecordingError:
+            return _OUTSIDE[_start_over](prepared, *call)
+        return _OUTSIDE[_finish](prepared, values)
+
+    # accelerate takes its mixed-precision wrappers off a model by following `__wrapped__`, and would find the dense forward there.
+    del forward.__wrapped__
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        standard: Any = super(converted, self).__reduce_ex__  # type: ignore[arg-type]
+        make, args, *rest = standard(protocol)
+        given = (original, make, tuple(original if arg is converted else arg for arg in args), self.diffcr.fixed is not None)
+        return (_rebuild, given, *rest)
+
+    extra: dict[str, Any] = {"__iter__": _own_children, "__len__": _count_own} if issubclass(original, torch.nn.Sequential) else {}
+    names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
+    own_names = {"forward": forward, "__reduce_ex__": reduce, "_diffcr_original": original}
+    converted = type(original.__name__, (original,), {**names, **extra, **own_names})
+    return converted
+
+
+def original_class(model: torch.nn.Module) -> type:
+    """Return the class a converted model had before (its own if it is not converted)."""
+    return getattr(type(model), "_diffcr_original", type(model))

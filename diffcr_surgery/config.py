@@ -47,6 +47,8 @@ class DiffCRConfig:
         region_weights: How often inference visits each region, cleanest first, in any unit; ``None`` for equally often.
         ratio_loss_weight: Weight λ of :func:`diffcr_surgery.ratio_loss`.
         blocks: Regular expression; only blocks whose qualified name matches it in full are routed. ``None`` routes all.
+        share_routing: Number of consecutive blocks for which the router of the first decides. Those of them that run at the same ratio keep
+            the same tokens, and a specialised model gathers and scatters once for them.
         initial_ratio: Value of every ratio after conversion.
         learn_ratios: ``False`` freezes the table: with ``initial_ratio=0.3`` this is uniform Mixture-of-Depths.
 
@@ -72,6 +74,7 @@ class DiffCRConfig:
     region_weights: tuple[float, ...] | None = None
     ratio_loss_weight: float = 0.3
     blocks: str | None = None
+    share_routing: int = 1
     initial_ratio: float = 0.0
     learn_ratios: bool = True
 
@@ -88,8 +91,9 @@ class DiffCRConfig:
             self._settle_number("target_share", 0.0, 1.0)
         self._settle_number("initial_ratio", 0.0, self.max_ratio)
         self._settle_number("ratio_loss_weight", 0.0, math.inf)
-        if not isinstance(self.timestep_regions, int) or isinstance(self.timestep_regions, bool) or self.timestep_regions < 1:
-            raise ConfigError(f"timestep_regions={self.timestep_regions!r}: expected a whole number of at least 1.")
+        for name in ("timestep_regions", "share_routing"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected a whole number of at least 1.")
         for name, choices in (("gate", GATES), ("branches", BRANCHES), ("cost", COSTS)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, choices))}.")

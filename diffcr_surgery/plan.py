@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -41,6 +42,7 @@ class BlockSite:
         tokens: n in the example inputs, those that may bypass (0 if not routed).
         width: Channels of the stream (0 if not routed).
         staying: Tokens in the same stream that never bypass: text, registers, class tokens.
+        router: Number, among the routed sites, of the one whose router decides here.
         hint: What was proven, in full; for other inputs to begin with, and for sharded weights to rely on.
     """
 
@@ -53,6 +55,7 @@ class BlockSite:
     tokens: int = 0
     width: int = 0
     staying: int = 0
+    router: int = 0
     hint: Hint | None = field(default=None, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -66,6 +69,7 @@ class BlockSite:
             self.tokens,
             self.width,
             self.staying,
+            self.router,
             self.hint,
         )
         return _site, values
@@ -131,7 +135,8 @@ class SurgeryPlan:
         index = iter(range(len(routed)))
         for site in self.sites:
             moved = "; ".join(f"{name}: {axes}" for name, axes in site.aligned.items())
-            number, tokens = (str(next(index)), _count(site)) if site.routed else ("-", "-")
+            row = next(index) if site.routed else -1
+            number, tokens = (_number(site, row), _count(site)) if site.routed else ("-", "-")
             name = site.path if site.occurrence == 0 else f"{site.path} (call {site.occurrence + 1})"
             rows.append((number, name, site.block_class, tokens, moved or "-", site.reason))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
@@ -177,7 +182,9 @@ def plan(model: torch.nn.Module, example_inputs: Any, config: DiffCRConfig | Non
     if not any(site.routed for site in sites):
         raise NoRoutableBlockError(_no_block(model, sites))
     routed = [call for call, site in zip(calls, sites, strict=True) if site.routed]
-    table = {call.node: routed_call(recorded.recording, call, i, config) for i, call in enumerate(routed)}
+    routers = _routers(recorded.recording, routed, config.share_routing)
+    sites = _with_routers(sites, routers)
+    table = {call.node: routed_call(recorded.recording, call, i, routers[i], config) for i, call in enumerate(routed)}
     batch = _batch_size(recorded.call.arguments, regions)
     folded = any(parse_axes(site.pattern).batch is None or site.samples != batch for site in table.values())
     costs = site_costs(model, recorded.recording, recorded.call, table, config)
@@ -231,15 +238,52 @@ def _block_site(recording: Recording, call: SiteCall, config: DiffCRConfig) -> B
     _, stream = named_leaves(recording.blocks[call.node].module, call.node.args, call.node.kwargs, fx.Node)[found.stream]
     width, staying = stream.meta["shape"][-1], staying_count(call.staying)
     tokens = found.tokens - staying
-    return BlockSite(call.path, name, True, reason, MappingProxyType(found.aligned), call.occurrence, tokens, width, staying, hint)
+    return BlockSite(call.path, name, True, reason, MappingProxyType(found.aligned), call.occurrence, tokens, width, staying, hint=hint)
+
+
+def _number(site: BlockSite, row: int) -> str:
+    return str(row) if site.router == row else f"{row} (as {site.router})"
 
 
 def _count(site: BlockSite) -> str:
     return f"{site.tokens} (+{site.staying})" if site.staying else str(site.tokens)
 
 
-def routed_call(recording: Recording, call: SiteCall, index: int, config: DiffCRConfig) -> RoutedCall:
-    """Translate a proven alignment from argument names to the call at hand."""
+def _routers(recording: Recording, routed: list[SiteCall], length: int) -> list[int]:
+    """Return for each routed site the site whose router decides: the first of a run of up to ``length`` that hand on one stream."""
+    routers: list[int] = []
+    for row, call in enumerate(routed):
+        first = routers[-1] if routers else row
+        joins = 0 < row < first + length and _continues(recording, call, routed[row - 1])
+        routers.append(first if joins else row)
+    return routers
+
+
+def _continues(recording: Recording, call: SiteCall, before: SiteCall) -> bool:
+    """Tell whether a block reads the very stream that the block before it returned, with the same tokens free to bypass."""
+    stream = named_leaves(recording.blocks[call.node].module, call.node.args, call.node.kwargs, fx.Node)[call.alignment.stream][1]
+    taken = (
+        stream.target in (operator.getitem, getattr) and stream.args[0] is before.node and str(stream.args[1]) == before.alignment.output
+    )
+    alike = (call.staying, call.outside, call.alignment.tokens) == (before.staying, before.outside, before.alignment.tokens)
+    return (stream is before.node or taken) and alike and not call.outside
+
+
+def _with_routers(sites: tuple[BlockSite, ...], routers: list[int]) -> tuple[BlockSite, ...]:
+    rows = iter(routers)
+    return tuple(replace(site, router=next(rows)) if site.routed else site for site in sites)
+
+
+def routed_call(recording: Recording, call: SiteCall, index: int, router: int, config: DiffCRConfig) -> RoutedCall:
+    """Translate a proven alignment from argument names to the call at hand.
+
+    Args:
+        recording: The recording.
+        call: The call of the block.
+        index: Row of the site in the ratio table.
+        router: Row of the site whose router decides.
+        config: Settings.
+    """
     block, found = recording.blocks[call.node], call.alignment
     named = named_leaves(block.module, call.node.args, call.node.kwargs, fx.Node)
     pattern = found.axes[found.stream]
@@ -248,7 +292,7 @@ def routed_call(recording: Recording, call: SiteCall, index: int, config: DiffCR
     numbers = named_leaves(block.module, call.node.args, call.node.kwargs, int)
     return RoutedCall(
         index=index,
-        router=index,
+        router=router,
         path=call.path,
         axes={named[name][0]: words for name, words in found.axes.items()},
         stream=raw_stream,

@@ -113,6 +113,29 @@ class Budget:
                 high = middle
         return (values + (low + high) / 2).clamp(0.0, self.max_ratio).to(table)
 
+    def dial(self, table: Tensor, saving: float) -> Tensor:
+        """Return bins ``l r`` that save as near to ``saving`` as one turn of a dial over the table allows.
+
+        Turning it shifts all ratios alike; each goes to its next bin as it passes the middle between two. More saving turns it further, so
+        that no block ever runs on more tokens for it.
+
+        Example:
+            >>> budget = Budget.of_tokens(2, (0.0, 0.5, 1.0), torch.ones(1), 0.9)
+            >>> budget.dial(torch.tensor([[0.0], [0.4]]), 0.3), budget.dial(torch.tensor([[0.0], [0.4]]), 0.5)
+            (tensor([[0.0000],
+                    [0.5000]]), tensor([[0.5000],
+                    [0.5000]]))
+        """
+        values, bins = table.detach().double().cpu(), torch.tensor(self.bins, dtype=torch.float64)
+        turns = (bins[1:] + bins[:-1]) / 2 - values[..., None]  # l r m: how far each entry has to be shifted to leave a bin
+        entries = torch.arange(values.numel()).repeat_interleave(len(bins) - 1)
+        order = turns.flatten().argsort(stable=True)
+        steps = self.costs.double().cpu().diff(dim=1).neg() / float(self.costs[:, 0].sum())
+        gains = (steps[:, None, :] * self.region_weights.double()[:, None]).flatten()[order]
+        reached = torch.cat([gains.new_zeros(1), gains.cumsum(0)])
+        passed = entries[order[: int((reached - saving).abs().argmin())]]
+        return bins[torch.bincount(passed, minlength=values.numel())].reshape(values.shape).float()
+
     def round(self, table: Tensor) -> Tensor:
         """Round every ratio of ``l r`` to one of the two bins around it so that the saving is kept as well as bins allow.
 

@@ -17,6 +17,7 @@ from torch import fx
 
 from diffcr_surgery.rewrite import ops
 from diffcr_surgery.tokens import gather_each, gather_tokens, scatter_tokens, scatter_tokens_, top_tokens
+from diffcr_surgery.trace.builder import expect
 
 __all__ = ["FuseSites", "ScatterInPlace", "ShareGathers"]
 
@@ -47,7 +48,7 @@ class FuseSites:
 
     def __call__(self, graph: fx.Graph) -> bool:
         """Change ``graph``; return whether it was modified."""
-        modified = False
+        modified = _forget_shapes(graph)
         for node in list(graph.nodes):
             stream = node.args[0] if node.target in (gather_tokens, scatter_tokens) else None
             if not isinstance(stream, fx.Node) or stream.target is not scatter_tokens:
@@ -66,6 +67,18 @@ class FuseSites:
                 graph.erase_node(node)
         graph.lint()
         return modified
+
+
+def _forget_shapes(graph: fx.Graph) -> bool:
+    """Take out the guards on the shape of what a scatter returns: it is that of the stream, whatever the block did."""
+    modified = False
+    for stream in graph.find_nodes(op="call_function", target=scatter_tokens):
+        for shape in [user for user in stream.users if user.target is getattr and user.args[1] == "shape"]:
+            if all(guard.target is expect for guard in shape.users):
+                for node in (*shape.users, shape):
+                    graph.erase_node(node)
+                modified = True
+    return modified
 
 
 class ScatterInPlace:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 
 from diffcr_surgery._shards import is_sharded, several_processes
 from diffcr_surgery._tree import fill
+from diffcr_surgery.config import DiffCRConfig
+from diffcr_surgery.costs import site_costs
 from diffcr_surgery.errors import AlignmentError, TimestepError
 from diffcr_surgery.plan import SurgeryPlan, routed_call
 from diffcr_surgery.rewrite import Decision, FuseSites, RewriteResult, RoutedCall, RouteTokens, ScatterInPlace, ShareGathers
@@ -18,11 +20,12 @@ from diffcr_surgery.runtime.state import DiffCRState
 from diffcr_surgery.samples import find_splitting
 from diffcr_surgery.sites import site_calls
 from diffcr_surgery.split import given, join, refused, select
+from diffcr_surgery.tokens import staying_count
 from diffcr_surgery.trace.key import Call, model_device
 from diffcr_surgery.trace.recorder import rng_state
 from diffcr_surgery.trace.recording import Recording, compile_graph, set_rng_state
 
-__all__ = ["Prepared", "Step", "answer", "prepare"]
+__all__ = ["Prepared", "Step", "answer", "costs_of", "prepare"]
 
 MAX_GRAPHS = 64
 
@@ -92,8 +95,21 @@ def _aligned(recording: Recording, plan: SurgeryPlan) -> dict[Any, RoutedCall]:
                 f"{call.alignment.reason}. Restore the model and plan with inputs like these, or leave the block out with "
                 "DiffCRConfig(blocks=...)."
             )
-        routed[call.node] = routed_call(recording, call, row, plan.config)
+        routed[call.node] = routed_call(recording, call, row, site.router, plan.config)
+    _check_routers(routed.values())
     return routed
+
+
+def _check_routers(calls: Iterable[RoutedCall]) -> None:
+    rows = {call.index: call for call in calls}
+    for call in rows.values():
+        first = rows[call.router]
+        if (call.tokens, call.staying) != (first.tokens, first.staying):
+            raise AlignmentError(
+                f"{call.path} was planned to share the routing of {first.path}, but in this call other tokens of theirs may bypass: "
+                f"{first.tokens - staying_count(first.staying)} there, {call.tokens - staying_count(call.staying)} here. Plan with inputs "
+                "like these, or with share_routing=1."
+            )
 
 
 @dataclass(frozen=True)
@@ -203,6 +219,18 @@ def _cut(model: torch.nn.Module, state: DiffCRState, call: Call, forward: Callab
 
 def _together(outputs: list[Any], parts: list[_Part], lists: frozenset[str]) -> Any:
     return outputs[0] if len(parts) == 1 else join(outputs, [part.rows for part in parts], lists)
+
+
+def costs_of(
+    model: torch.nn.Module, state: DiffCRState, call: Call, forward: Callable[..., Any], config: DiffCRConfig
+) -> tuple[tuple[float, ...], ...]:
+    """Count or measure what each site costs on other inputs, or in another unit, than planning did; see :func:`site_costs`."""
+
+    def use(recording: Recording) -> tuple[tuple[float, ...], ...]:
+        return site_costs(model, recording, call, _routed(recording, state).calls, config)
+
+    with torch.no_grad():
+        return state.recordings.answer(model, call, forward, use)
 
 
 def _routed(recording: Recording, state: DiffCRState) -> _Routed:

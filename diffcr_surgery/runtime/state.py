@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,29 @@ from diffcr_surgery.router import Router
 from diffcr_surgery.split import Splitting
 from diffcr_surgery.trace.recording import Recordings
 
-__all__ = ["DiffCRState"]
+__all__ = ["Achieved", "DiffCRState"]
+
+
+@dataclass(frozen=True)
+class Achieved:
+    """What a specialised model costs.
+
+    Attributes:
+        cost: What is counted: ``"tokens"`` of the routed blocks, or ``"flops"`` or ``"latency"`` of the model.
+        share: Share of the dense cost that is left.
+        requested: The share asked for; ``None`` if the trained table was taken as it is.
+        ratio: Mean compression ratio, regions weighted.
+    """
+
+    cost: str
+    share: float
+    requested: float | None
+    ratio: float
+
+    def __str__(self) -> str:
+        whole = "the routed blocks' tokens" if self.cost == "tokens" else f"the dense model's {self.cost}"
+        asked = "" if self.requested is None else f", {self.requested:.3f} requested"
+        return f"{self.share:.3f} of {whole}{asked}; mean ratio {self.ratio:.3f}"
 
 
 class DiffCRState(nn.Module):
@@ -26,9 +49,10 @@ class DiffCRState(nn.Module):
 
     Attributes:
         plan: The plan the model was converted by.
-        routers: Row of the table, as a string -> :class:`Router`.
+        routers: Row of the table, as a string -> :class:`Router`; of several sites that share one, the first's.
         ratio_table: The learnable ratios, one row a routed site, one column a timestep region, cleanest first.
         site_costs: Share of the dense model's cost that each site takes at each reachable bin, ``l m``.
+        achieved: What a specialised model costs, and was asked to.
         fixed: Of each region, at which bins the sites run, once :func:`diffcr_surgery.specialize_` has fixed them.
         splittings: Names of a call's arguments -> how calls with these are cut into samples.
     """
@@ -37,8 +61,9 @@ class DiffCRState(nn.Module):
         super().__init__()
         self.plan = plan
         self.fixed: tuple[tuple[Decision, ...], ...] | None = None
+        self.achieved: Achieved | None = None
         self.recordings = Recordings()
-        self.routers = nn.ModuleDict({str(i): Router(site.width) for i, site in enumerate(plan.routed_sites)})
+        self.routers = nn.ModuleDict({str(i): Router(site.width) for i, site in enumerate(plan.routed_sites) if site.router == i})
         shape = (len(plan.routed_sites), plan.regions.count)
         self.ratio_table = nn.Parameter(torch.full(shape, float(self.config.initial_ratio)), requires_grad=self.config.learn_ratios)
         self.site_costs: Tensor
@@ -57,6 +82,10 @@ class DiffCRState(nn.Module):
             f"The forward of {self.plan.model_class} runs over all of its children, and now over model.diffcr too, which is no layer. Let "
             "it hold its layers in a ModuleList or Sequential of their own, and convert it then."
         )
+
+    def extra_repr(self) -> str:
+        """Show what a specialised model was asked for and costs."""
+        return "" if self.achieved is None else f"specialised: {self.achieved}"
 
     @property
     def config(self) -> DiffCRConfig:

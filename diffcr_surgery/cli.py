@@ -1,4 +1,4 @@
-"""The command line: `diffcr-surgery demo --out DIR`, or `python -m diffcr_surgery demo --out DIR`."""
+"""The command line: `diffcr-surgery demo --out DIR` or `diffcr-surgery bench ...`; `python -m diffcr_surgery` does the same."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
-    return _demo(options)
+    try:
+        run: int = options.run(options)
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if library not in _EXTRAS:
+            raise
+        return _fail(f"the {options.command} needs {library}, which is not installed. Run: pip install 'diffcr_surgery[all]'")
+    return run
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,24 +46,74 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for pictures, adapter and report")
     demo.add_argument("--quick", action="store_true", help="under a minute; trains too little for legible digits")
     demo.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything that is random (default: 0)")
+    demo.set_defaults(run=_demo)
+    bench = commands.add_parser(
+        "bench",
+        help="measure what routing gains on a model of real size",
+        description="Time a published denoiser with random weights, in turns: dense, routed, the limit of routing (blocks on fewer tokens, "
+        "without router, gather or scatter) and token merging. Nothing is downloaded.",
+    )
+    bench.add_argument("--model", required=True, metavar="NAME", help="dit-xl-2, pixart-sigma, sd3-medium or flux-dev")
+    bench.add_argument("--tokens", type=int, required=True, metavar="N", help="image tokens, a square number such as 1024")
+    bench.add_argument("--ratio", type=float, nargs="+", required=True, metavar="R", help="shares of tokens that bypass, up to 0.9")
+    bench.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for table.md, report.json and latency.png")
+    bench.add_argument("--layers", type=int, metavar="L", help="shorten the model (flux-dev: L double and L single blocks)")
+    bench.add_argument("--batch", type=int, default=1, metavar="B", help="samples of a call (default: 1)")
+    bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    bench.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: float32")
+    bench.add_argument("--compile", action="store_true", help="compile all sides with torch.compile")
+    bench.add_argument("--rounds", type=int, default=9, metavar="K", help="how often each side is timed (default: 9)")
+    bench.add_argument("--break-even", action="store_true", help="look for the number of tokens from which routing pays")
+    bench.add_argument("--baseline", type=Path, metavar="PATH", help="where recipes/baselines/token_merging.py is")
+    bench.set_defaults(run=_bench)
     return parser
 
 
 def _demo(options: argparse.Namespace) -> int:
-    try:
-        # Imported here, so that `--help` neither waits for these libraries nor needs them.
-        from diffcr_surgery.demo.run import run_demo
-    except ModuleNotFoundError as error:
-        library = (error.name or "").partition(".")[0]
-        if library not in _EXTRAS:
-            raise
-        return _fail(f"the demo needs {library}, which is not installed. Run: pip install 'diffcr_surgery[all]'")
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)  # before the minutes of training, not after
-    except OSError as error:
-        return _fail(f"cannot write to --out {options.out}: {error.strerror}. Name a folder, or a path that is free.")
+    # Imported here, so that `--help` neither waits for these libraries nor needs them.
+    from diffcr_surgery.demo.run import run_demo
+
+    unwritable = _make_folder(options.out)  # before the minutes of training, not after
+    if unwritable:
+        return _fail(unwritable)
     run_demo(options.out, quick=options.quick, seed=options.seed)
     return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from diffcr_surgery.bench.run import BASELINE, Settings, run_bench
+    from diffcr_surgery.errors import ConfigError
+
+    try:
+        settings = Settings(
+            model=options.model,
+            tokens=options.tokens,
+            ratios=tuple(options.ratio),
+            layers=options.layers,
+            batch=options.batch,
+            device=options.device,
+            dtype=options.dtype,
+            compile=options.compile,
+            rounds=options.rounds,
+            break_even=options.break_even,
+            baseline=options.baseline or BASELINE,
+        )
+    except ConfigError as error:
+        return _fail(str(error))
+    unwritable = _make_folder(options.out)
+    if unwritable:
+        return _fail(unwritable)
+    run_bench(settings, options.out)
+    return 0
+
+
+def _make_folder(out: Path) -> str:
+    """Make the folder; return what is wrong if that cannot be done."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"cannot write to --out {out}: {error.strerror}. Name a folder, or a path that is free."
+    return ""
 
 
 def _fail(message: str) -> int:

@@ -30,7 +30,7 @@ class Router(nn.Module):
             tokens: The tokens that enter the block.
             checked: Whether an infinite logit, which would hide behind the sigmoid, becomes NaN to be seen.
         """
-        logits = functional.linear(tokens, self.weight.to(tokens.dtype)).squeeze(-1).float()
+        logits = functional.linear(tokens, self.weight.to(tokens.device, tokens.dtype)).squeeze(-1).float()
         return logits.sigmoid() + 0.0 * logits if checked else logits.sigmoid()
 
     def extra_repr(self) -> str:

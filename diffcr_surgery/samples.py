@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffcr_surgery._tree import flatten, map_leaves
 from diffcr_surgery.align.proof import tolerance
+from diffcr_surgery.caches import is_quantized
 from diffcr_surgery.errors import TimestepError
 from diffcr_surgery.split import Splitting, join, places, rows_of, select
 from diffcr_surgery.trace.key import Call, model_device
@@ -40,7 +41,8 @@ class _Awake(nn.Module):
     def __init__(self, model: nn.Module, forward: Callable[..., Any]) -> None:
         super().__init__()
         self.model, self.original = model, forward
-        asleep = {name: p for name, p in self.named_parameters() if not p.is_meta and p.is_floating_point() and not p.any()}
+        plain = {name: p for name, p in self.named_parameters() if not (p.is_meta or is_quantized(p)) and p.is_floating_point()}
+        asleep = {name: p for name, p in plain.items() if not p.any()}
         self.noise = {name: _other(p) * (p.shape[-1] if p.ndim > 1 else 25) ** -0.5 for name, p in asleep.items()}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -111,6 +111,11 @@ def _rows(value: Any) -> list[list[float]]:
             return [[float(value)]]
         except (TypeError, ValueError):
             raise TimestepError(f"The timestep is a {type(value).__name__}; expected a number or a tensor `b`.") from None
+    if torch.compiler.is_exporting():
+        raise TimestepError(
+            "An exported program is one region's, and no timestep can be read while exporting; say it as a number: "
+            "`with at_timestep(model, 500): torch.export.export(model, ...)`."
+        )
     if value.numel() == 0:
         raise TimestepError(f"The timestep tensor is empty (shape {tuple(value.shape)}); expected a number or a tensor `b`.")
     return list(value.detach().double().reshape(value.shape[0] if value.ndim else 1, -1).tolist())

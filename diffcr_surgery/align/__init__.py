@@ -7,7 +7,6 @@ therefore begins with the stream alone, and drops from any larger set what can b
 
 from __future__ import annotations
 
-import copy
 import itertools
 import re
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from torch import Tensor
 from diffcr_surgery._tree import flatten, map_leaves
 from diffcr_surgery.align.proof import Subject, needs_samples, tolerance
 from diffcr_surgery.axes import TOKEN_WORDS, parse_axes
+from diffcr_surgery.caches import bare_copy
 from diffcr_surgery.detect import named_leaves
 from diffcr_surgery.tokens import keep_tokens, kept_count, rank_tokens
 from diffcr_surgery.trace.recording import BlockSample
@@ -117,7 +117,7 @@ def has_no_residual(sample: BlockSample, found: Alignment) -> bool | None:
 
     ``None`` if zero weights make no sense of it, as a weight norm does that divides by them.
     """
-    twin = copy.deepcopy(sample.module).eval()
+    twin = bare_copy(sample.module, flatten((sample.args, sample.kwargs))[1][0].device).eval()
     args, kwargs = map_leaves((sample.args, sample.kwargs), lambda _, leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
     try:
         for name, weight in twin.named_parameters():

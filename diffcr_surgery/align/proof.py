@@ -6,7 +6,6 @@ was really called with, shaken too, so that a mask of ones or a table of zeros h
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from diffcr_surgery._tree import fill, flatten, map_leaves
 from diffcr_surgery.axes import parse_axes
+from diffcr_surgery.caches import bare_copy
 from diffcr_surgery.tokens import gather_each, gather_tokens, per_sample, sample_axes
 from diffcr_surgery.trace.perturb import generator
 
@@ -63,7 +63,7 @@ class Subject:
         template = map_leaves(template, lambda path, leaf: off.get(path, leaf))
         failure: Exception | None = None
         for upcast, shake in ((True, True), (False, True), (True, False), (False, False)):
-            twin = _shaken_copy(block, upcast)
+            twin = _shaken_copy(block, upcast, _device(tensors))
             trial = [_shaken(t, generator(i + 1), upcast) if shake else _raised(t, upcast) for i, t in enumerate(tensors)]
             given = [t.clone() for t in trial]
             try:
@@ -150,7 +150,7 @@ def _causal_flags(block: nn.Module, template: Any, tensors: list[Tensor]) -> dic
     map_leaves(template, lambda path, leaf: found.update({path: False}) if leaf is True and path.endswith("is_causal") else None)
     if not found:
         return {}
-    twin = copy.deepcopy(block).eval()
+    twin = bare_copy(block, _device(tensors)).eval()
     without = map_leaves(template, lambda path, leaf: found.get(path, leaf))
     _, flagged = _call(twin, template, [t.clone() for t in tensors])
     _, masked = _call(twin, without, [t.clone() for t in tensors])
@@ -201,8 +201,12 @@ def _shaken(t: Tensor, source: torch.Generator, upcast: bool) -> Tensor:
     return t + 0.5 * noise * torch.where(spread > 1e-6, spread, torch.ones_like(spread)).to(noise.dtype)
 
 
-def _shaken_copy(block: nn.Module, upcast: bool) -> nn.Module:
-    twin = copy.deepcopy(block).eval()
+def _device(tensors: Sequence[Tensor]) -> torch.device:
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _shaken_copy(block: nn.Module, upcast: bool, device: torch.device) -> nn.Module:
+    twin = bare_copy(block, device).eval()
     low = any(p.dtype in (torch.float16, torch.bfloat16) for p in twin.parameters())
     if upcast and low:
         twin = twin.float()

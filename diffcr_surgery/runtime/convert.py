@@ -76,7 +76,7 @@ def convert_(model: torch.nn.Module, plan_or_inputs: Any, config: DiffCRConfig |
     converted = subclass(type(model))
     with torch.inference_mode(False):  # what is made in there could never be trained
         state = DiffCRState(planned).train(model.training)
-    reference = next((p for p in model.parameters() if p.is_floating_point()), None)
+    reference = next((p for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1), None)
     if reference is not None:
         state.to(device=reference.device, dtype=reference.dtype)
     model.diffcr = state
@@ -103,10 +103,12 @@ def _check_fits(model: torch.nn.Module, planned: SurgeryPlan) -> None:
             raise ConversionError(
                 f"The plan routes {site.path} ({site.block_class}), but this {type(model).__name__} has {found} there; plan again for it."
             )
+    if getattr(vars(model).get("forward"), "__func__", None) is type(model).forward:  # hooks that are off leave it behind
+        del model.forward
     if "forward" in vars(model):
         raise ConversionError(
-            f"{type(model).__name__}.forward was replaced on the object itself (an offloading hook of accelerate does that), so a "
-            "conversion would go unseen. Remove the hook (accelerate.hooks.remove_hook_from_module), convert, and add it again."
+            f"{type(model).__name__}.forward was replaced on the object itself (offloading hooks of accelerate and diffusers do that), so "
+            "a conversion would go unseen. Remove the hook (accelerate.hooks.remove_hook_from_module), convert, and add it again."
         )
 
 

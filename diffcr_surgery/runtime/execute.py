@@ -11,6 +11,7 @@ import torch
 
 from diffcr_surgery._shards import is_sharded, several_processes
 from diffcr_surgery._tree import fill
+from diffcr_surgery.caches import check_caches
 from diffcr_surgery.config import DiffCRConfig
 from diffcr_surgery.costs import site_costs
 from diffcr_surgery.errors import AlignmentError, TimestepError
@@ -202,6 +203,7 @@ def _cut(model: torch.nn.Module, state: DiffCRState, call: Call, forward: Callab
         # Where a block's samples are others than the call's, one run can blend at one region's ratios alone.
         apart = state.plan.folded and any(decision.upper is not None for decision in cache[region])
         groups.setdefault((cache[region], region if apart else None), []).append(row)
+    check_caches(model, state.altered(), len(groups))
     if len(groups) == 1:
         same = len(set(regions)) == 1
         return [_Part(call, cache[regions[0]], regions[:1] if same else regions, list(range(len(regions))))], frozenset()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,7 @@ class DiffCRState(nn.Module):
         self.plan = plan
         self.fixed: tuple[tuple[Decision, ...], ...] | None = None
         self.achieved: Achieved | None = None
+        self._moving: dict[str, bool] = {}
         self.recordings = Recordings()
         self.routers = nn.ModuleDict({str(i): Router(site.width) for i, site in enumerate(plan.routed_sites) if site.router == i})
         shape = (len(plan.routed_sites), plan.regions.count)
@@ -103,6 +104,7 @@ class DiffCRState(nn.Module):
         self.ratio_table.grad = None
         self.ratio_table.data.copy_(ratios)
         self.fixed = tuple(tuple(Decision(self._bin(value)) for value in column) for column in ratios.T.tolist())
+        self._moving = self._altered(ratios)
 
     @property
     def budget(self) -> Budget:
@@ -164,6 +166,18 @@ class DiffCRState(nn.Module):
             return tuple(Decision(self._bin(value)) for value in self.executed_ratios()[:, region].tolist())
         # At its upper bound a ratio lies between the last two bins in reach: beyond them short streams have no token left to give up.
         return tuple(Decision(*bracket(value, self.config.reachable_bins)) for value in self.ratios()[:, region].tolist())
+
+    def altered(self) -> Mapping[str, bool]:
+        """Return path of each routed block -> whether it runs otherwise than the original's, in any region."""
+        if self.fixed is None:
+            return self._altered(self.ratios() if self.training else self.executed_ratios())
+        return self._moving
+
+    def _altered(self, ratios: Tensor) -> dict[str, bool]:
+        found: dict[str, bool] = {}
+        for site, moves in zip(self.plan.routed_sites, ratios.gt(0).any(1).tolist(), strict=True):
+            found[site.path] = found.get(site.path, False) or moves or self.config.gate == "sigmoid"
+        return found
 
     def _bin(self, value: float) -> float:
         return min(self.config.bins, key=lambda b: abs(b - value))

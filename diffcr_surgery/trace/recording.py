@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from diffcr_surgery._tree import fill, flatten, map_leaves
+from diffcr_surgery.caches import uncached
 from diffcr_surgery.errors import TraceError
 from diffcr_surgery.trace.blocks import block_candidates, block_kind
 from diffcr_surgery.trace.builder import BuiltGraph, StaleRecordingError, build, build_flow, expect
@@ -216,7 +217,7 @@ def set_rng_state(states: tuple[torch.Tensor, ...], device: torch.device) -> Non
 
 @contextmanager
 def undisturbed(model: torch.nn.Module, device: torch.device) -> Iterator[Callable[[], None]]:
-    """Restore random state and buffers at the end; the yielded function restores them in between."""
+    """Restore random state and buffers at the end; the yielded function restores them in between. Caches stand aside."""
     start = rng_state(device)
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
 
@@ -228,7 +229,8 @@ def undisturbed(model: torch.nn.Module, device: torch.device) -> Iterator[Callab
                     buffer.copy_(value)
 
     try:
-        yield rewind
+        with uncached(model):
+            yield rewind
     finally:
         rewind()
 

@@ -40,6 +40,7 @@ class Scenario:
         example_size: Size of the inputs shown to `plan`; `size` is what the model is called with.
         spots: Timestep of each sample, as a number below `SPOTS`, 0 = least noise.
         table: Ratio of each site and region.
+        share: Number of blocks for which one router decides.
     """
 
     case: Case
@@ -52,6 +53,7 @@ class Scenario:
     table: tuple[tuple[float, ...], ...]
     seed: int
     branches: str = "two"
+    share: int = 1
 
     @property
     def batch(self) -> int:
@@ -76,6 +78,7 @@ class Scenario:
         """Write the configuration, with the timestep range of the class."""
         drawn = {
             "timestep_regions": self.regions, "gate": self.gate, "timestep_range": self.case.timestep_range, "branches": self.branches,
+            "share_routing": self.share,
         }  # fmt: skip
         return dcs.DiffCRConfig(**{"target_ratio": 0.3} | drawn | changes)
 
@@ -100,6 +103,7 @@ class Scenario:
 def scenarios(
     draw: st.DrawFn, case: Case, *, ratios: st.SearchStrategy[float] | None = None, min_tokens: int = 1,
     gates: Sequence[str] = GATES, branches: Sequence[str] = BRANCHES, same_region: bool = False,
+    shares: Sequence[int] = (1, 2, 3),
 ) -> Scenario:  # fmt: skip
     """Draw a scenario of a case.
 
@@ -111,6 +115,7 @@ def scenarios(
         gates: Gate forms to choose from.
         branches: Ways to run a ratio between two bins to choose from.
         same_region: Whether all samples share their timestep region.
+        shares: Numbers of blocks for which one router decides, to choose from.
     """
     grids = [grid for grid in case.sizes if grid.tokens >= min_tokens]
     grid = draw(st.sampled_from(grids))
@@ -129,6 +134,7 @@ def scenarios(
     return Scenario(
         case, size, other, draw(st.sampled_from([16, 24])), regions, tuple(spots), draw(st.sampled_from(gates)),
         tuple(table), draw(st.integers(0, 999)), draw(st.sampled_from(branches)),
+        draw(st.sampled_from(shares)),
     )  # fmt: skip
 
 
@@ -159,29 +165,39 @@ def bracket(ratio: float, tokens: int) -> list[Branch]:
     return [Branch(1 - share, kept_count(low / 10, tokens)), Branch(share, kept_count((low + 1) / 10, tokens))]
 
 
-def route_by_hand(model: nn.Module, case: Case, weights: list[Tensor], ways: list[list[Branch]], gate: str, branches: str = "two") -> None:
+def route_by_hand(
+    model: nn.Module, case: Case, weights: dict[int, Tensor], routers: Sequence[int], ways: list[list[Branch]], gate: str, branches: str
+) -> None:
     """Make every site of an unconverted model route its tokens, in the plainest way there is: for a batch of one.
 
     Args:
         model: A model of its own, changed for good.
         case: Its case, which says what moves with the tokens.
-        weights: Router weight of each site.
+        weights: Router weight of each site that has a router.
+        routers: Which site's router decides at each site.
         ways: The branches of each site, the one that keeps more first.
         gate: Gate form.
         branches: Whether each branch is a run of its own, or all are told from the first run.
     """
-    for (path, _), weight, ways_here in zip(case.sites, weights, ways, strict=True):
+    scores: dict[int, Tensor] = {}
+    for site, ((path, _), router, ways_here) in enumerate(zip(case.sites, routers, ways, strict=True)):
         block = model.get_submodule(path)
-        block.forward = _site(block.forward, case, weight.detach().reshape(-1), ways_here, gate, branches)
+
+        def score(stream: Tensor, site: int = site, router: int = router) -> Tensor:
+            if router == site:
+                scores[site] = torch.sigmoid(stream @ weights[site].detach().reshape(-1))
+            return scores[router]
+
+        block.forward = _site(block.forward, case, score, ways_here, gate, branches)
 
 
-def _site(forward: Callable[..., Any], case: Case, weight: Tensor, ways: list[Branch], gate: str, branches: str) -> Any:
+def _site(forward: Callable[..., Any], case: Case, score: Callable[[Tensor], Tensor], ways: list[Branch], gate: str, branches: str) -> Any:
     signature = inspect.signature(forward)
 
     def routed(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         stream = bound.arguments[case.stream]
-        scores = torch.sigmoid(stream @ weight)
+        scores = score(stream)
         results = []
         for share, runs in [(way.weight, [way._replace(weight=1.0)]) for way in ways] if branches == "two" else [(1.0, ways)]:
             kept = _clear_choice(scores, runs[0].count)
@@ -238,12 +254,13 @@ def by_hand(scenario: Scenario, trained: nn.Module, ratios: Callable[[int, int],
         trained: The converted model, of which only the router weights are read.
         ratios: The branches of a site (index) in a region.
     """
-    weights = [trained.diffcr.routers[str(site)].weight for site in range(len(scenario.case.sites))]
+    weights = {int(site): router.weight for site, router in trained.diffcr.routers.items()}
+    routers = [site.router for site in trained.diffcr.plan.routed_sites]
     rows = []
     for index, region in enumerate(scenario.sample_regions):
         model = scenario.original(label_dropout=False)
-        ways = [ratios(site, region) for site in range(len(weights))]
-        route_by_hand(model, scenario.case, weights, ways, scenario.gate, scenario.branches)
+        ways = [ratios(site, region) for site in range(len(routers))]
+        route_by_hand(model, scenario.case, weights, routers, ways, scenario.gate, scenario.branches)
         rows.append(output(model(**scenario.case.sample(scenario.inputs(model), index))))
     return torch.cat(rows)
 

@@ -56,7 +56,7 @@ def test_sleeping_gates_hide_nothing_from_the_proof(case: Case, data: st.DataObj
     scenario = data.draw(scenarios(case, gates=EXACT))
     original, converted = scenario.original(awake=False), scenario.original(awake=False)
     scenario.convert(converted, trained=False)
-    assert len(converted.diffcr.routers) == len(case.sites)
+    assert len(converted.diffcr.plan.routed_sites) == len(case.sites)
     inputs = scenario.inputs(original)
     with torch.no_grad():
         assert torch.equal(original(**inputs)[0], converted(**inputs)[0])

@@ -73,7 +73,7 @@ class Watch:
 @given(data=st.data())
 @few
 def test_bypassed_tokens_are_untouched_and_kept_ones_are_the_blocks(case: Case, data: st.DataObject) -> None:
-    scenario = data.draw(scenarios(case, ratios=COMPRESSED, min_tokens=10, same_region=True))
+    scenario = data.draw(scenarios(case, ratios=COMPRESSED, min_tokens=10, same_region=True, shares=[1]))
     model = scenario.convert(scenario.original())
     watch = Watch(model, scenario)
     executed = model.diffcr.executed_ratios()[:, scenario.sample_regions[0]]

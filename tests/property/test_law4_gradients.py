@@ -27,9 +27,9 @@ def test_gradients_reach_ratios_and_routers(case: Case, data: st.DataObject, tra
     assert all(gradient.isfinite().all() for gradient in gradients.values())
     seen = sorted(set(scenario.sample_regions))
     assert (gradients["diffcr.ratio_table"][:, seen] != 0).all()
-    for site, ratios in enumerate(scenario.table):
+    for site, ratios in zip(model.diffcr.plan.routed_sites, scenario.table, strict=True):
         if any(ratios[region] > 0 for region in seen):
-            assert gradients[f"diffcr.routers.{site}.weight"].any(), site
+            assert gradients[f"diffcr.routers.{site.router}.weight"].any(), site.path
 
 
 @each_case

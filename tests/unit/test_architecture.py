@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "diffcr_surgery"
 # A file or folder of the package imports from itself and from what stands before it.
 ORDER = (
     "errors",
+    "caches",
     "config",
     "_tree",
     "_shards",
@@ -41,6 +42,7 @@ ORDER = (
     "save",
     "__init__",  # the public names; what follows is written with them
     "demo",
+    "bench",
     "cli",
     "__main__",
 )

@@ -1,0 +1,136 @@
+"""Token merging, the baseline that the bench compares with: what is averaged, what is copied, what stays."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import diffcr_surgery as dcs
+from diffcr_surgery.bench.hooks import Shortening
+from diffcr_surgery.tokens import kept_count
+
+PATH = Path(__file__).parents[2] / "recipes" / "baselines" / "token_merging.py"
+spec = importlib.util.spec_from_file_location("token_merging", PATH)
+merging = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(merging)
+
+SIDE = 6
+TOKENS = SIDE**2
+
+
+def matched(tokens: Tensor, ratio: float, shared: bool = False) -> "merging.Matching":
+    return merging.match(tokens, kept_count(ratio, tokens.shape[1]), *merging.cells(SIDE), shared)
+
+
+@pytest.mark.parametrize(("side", "destinations"), [(2, [0]), (3, [0, 2, 6, 8]), (4, [0, 2, 8, 10])])
+def test_one_token_of_each_cell_is_a_destination(side, destinations):
+    sources, found = merging.cells(side)
+    assert found.tolist() == destinations
+    assert sorted([*sources.tolist(), *destinations]) == list(range(side**2))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_at_ratio_0_nothing_changes(shared):
+    tokens = torch.randn(2, TOKENS, 5)
+    matching = matched(tokens, 0.0, shared)
+    assert torch.equal(merging.unmerge(merging.merge(tokens, matching), matching), tokens)
+    assert torch.equal(merging.merge(tokens, matching), tokens.gather(1, matching.order.expand(2, -1)[..., None].expand(-1, -1, 5)))
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5, 0.75])
+@pytest.mark.parametrize("shared", [False, True])
+def test_as_many_tokens_remain_as_routing_keeps(ratio, shared):
+    tokens = torch.randn(2, TOKENS, 5)
+    matching = matched(tokens, ratio, shared)
+    assert merging.merge(tokens, matching).shape == (2, kept_count(ratio, TOKENS), 5)
+    assert matching.order.shape == (1 if shared else 2, kept_count(ratio, TOKENS))
+    for alone, merged in zip(matching.alone, matching.merged, strict=True):  # every token stands somewhere, once
+        assert sorted([*alone.tolist(), *merged.tolist(), *matching.destinations.tolist()]) == list(range(TOKENS))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_groups_are_averaged_as_a_loop_averages_them(shared):
+    tokens = torch.randn(2, TOKENS, 5)
+    sources, destinations = merging.cells(SIDE)
+    matching = matched(tokens, 0.5, shared)
+    merged = merging.merge(tokens, matching)
+    unmerged = merging.unmerge(merged, matching)
+    similar = torch.nn.functional.cosine_similarity(tokens[:, sources, None], tokens[:, None, destinations], dim=-1)
+    if shared:
+        similar = similar.mean(dim=0, keepdim=True).expand(2, -1, -1)
+    for b in range(2):
+        best = [max((similar[b, i, j].item(), j) for j in range(len(destinations))) for i in range(len(sources))]
+        chosen = sorted(range(len(sources)), key=lambda i: -best[i][0])[: TOKENS - kept_count(0.5, TOKENS)]
+        expected = tokens[b].clone()
+        for j, destination in enumerate(destinations.tolist()):
+            group = [destination, *(sources[i].item() for i in chosen if best[i][1] == j)]
+            expected[group] = tokens[b, group].mean(dim=0)
+        torch.testing.assert_close(unmerged[b], expected)
+
+
+def test_equal_tokens_merge_without_loss():
+    cells = torch.randn(2, SIDE // 2, 1, SIDE // 2, 1, 5)
+    tokens = cells.expand(-1, -1, 2, -1, 2, -1).reshape(2, TOKENS, 5)
+    matching = matched(tokens, 0.75)
+    torch.testing.assert_close(merging.unmerge(merging.merge(tokens, matching), matching), tokens)
+
+
+class Model(nn.Module):
+    """Two blocks that add a table of positions, shared by the batch, and mix tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.table = nn.Parameter(torch.randn(TOKENS + 1, 16))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, positions=self.table[1:])
+        return x
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        self.seen.append((x.detach(), positions.detach()))
+        y = x + positions
+        x = x + self.attn(y, y, y, need_weights=False)[0]
+        return x + self.mlp(x)
+
+
+@torch.no_grad()
+def test_tables_by_token_follow_the_tokens_that_remain():
+    model = Model().eval()
+    inputs = {"x": torch.randn(2, TOKENS, 16), "timestep": torch.tensor([3, 3])}
+    plan = dcs.plan(model, inputs)
+    assert "positions" in plan.routed_sites[0].aligned
+    merging.attach(model, plan, 0.5)
+    for block in model.blocks:
+        block.seen.clear()
+    out = model(**inputs)
+    matching = matched(inputs["x"], 0.5, shared=True)
+    tokens, positions = model.blocks[0].seen[0]
+    assert torch.equal(tokens, merging.merge(inputs["x"], matching))
+    assert torch.equal(positions, model.table[1:][matching.order[0]])
+    assert out.shape == (2, TOKENS, 16)
+    assert [len(block.seen[0][1]) for block in model.blocks] == [TOKENS // 2] * 2
+
+
+def test_more_than_the_sources_cannot_be_merged():
+    model = Model().eval()
+    plan = dcs.plan(model, {"x": torch.randn(2, TOKENS, 16), "timestep": torch.tensor([3, 3])})
+    with pytest.raises(ValueError, match=r"ratio 0\.8 is more than token merging can do: at most 0\.75 of 36 tokens are sources"):
+        merging.attach(model, plan, 0.8)
+    assert not model.blocks[0]._forward_hooks
+
+
+def test_it_has_the_form_the_bench_takes():
+    names = {name for name in vars(Shortening) if not name.startswith("_")}
+    assert names == {"enter", "pick", "leave"} and names <= set(vars(merging.TokenMerging))

@@ -111,12 +111,24 @@ class ModelState:
             for name, value in vars(module).items()
             if type(value) in (bool, int, float, str, type(None)) and (name == "training" or not name.startswith("_"))
         )
-        first = (next(module.parameters(), None) for module in self._leaves)
+        first = map(_first_parameter, self._leaves)
         return attributes, tuple((p.dtype, p.device) for p in first if p is not None)
+
+
+def _first_parameter(module: torch.nn.Module) -> torch.nn.Parameter | None:
+    """Return what ``next(module.parameters(), None)`` does; every call of a model asks all its leaves."""
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            return parameter
+    for child in module._modules.values():
+        found = None if child is None else _first_parameter(child)
+        if found is not None:
+            return found
+    return None
 
 
 def model_device(model: torch.nn.Module, tensors: Iterable[torch.Tensor]) -> torch.device:
     """Return the device a model computes on: its first input's, else its first parameter's."""
-    for tensor in (*tensors, *model.parameters()):
-        return tensor.device
-    return torch.device("cpu")
+    first = next(iter(tensors), None)
+    first = _first_parameter(model) if first is None else first
+    return torch.device("cpu") if first is None else first.device

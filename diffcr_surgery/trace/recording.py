@@ -271,7 +271,8 @@ def record(model: torch.nn.Module, call: Call, forward: Callable[..., Any]) -> R
         }
         leaves = {id(frame.module): frame.module for frame in built.frames.values()}
         covered = {id(inner) for leaf in leaves.values() for inner in leaf.modules()}
-        inlined = [module for module in model.modules() if id(module) not in covered]
+        own = ((name, module) for name, module in model.named_modules() if name.split(".")[0] != "diffcr")  # which its forward never reads
+        inlined = [module for _, module in own if id(module) not in covered]
         state = ModelState(inlined, leaves.values())
         flow = _flow(recorder, root, call, blocks, built)
         recording = Recording(built.graph, built.constants, built.output, calls, state, state.key(), flow=flow)

@@ -176,3 +176,35 @@ def test_projection_makes_a_new_table() -> None:
     table = torch.tensor([[0.1], [0.3]])
     project_to_mean(table, 0.5, 0.9, torch.ones(1))
     assert torch.equal(table, torch.tensor([[0.1], [0.3]]))
+
+
+# --- the dial --------------------------------------------------------------------------------------------------------
+@st.composite
+def dials(draw: st.DrawFn) -> tuple[Budget, Tensor]:
+    sites, regions = draw(st.integers(1, 5)), draw(st.integers(1, 3))
+    bins = draw(st.sampled_from([DEFAULT_BINS[:10], (0.0, 0.5, 1.0), (0.0, 0.2, 0.25, 0.9)]))
+    falls = torch.tensor(
+        draw(st.lists(st.lists(st.integers(0, 9), min_size=len(bins), max_size=len(bins)), min_size=sites, max_size=sites))
+    )
+    costs = falls.double().flip(1).cumsum(1).flip(1) + torch.tensor([[1.0] + [0.0] * (len(bins) - 1)])
+    weights = torch.tensor(draw(st.lists(st.integers(1, 5), min_size=regions, max_size=regions))).double()
+    table = draw(st.lists(st.integers(0, 90), min_size=sites * regions, max_size=sites * regions))
+    return Budget(bins, costs, weights / weights.sum(), 0.9), torch.tensor(table).float().reshape(sites, regions) / 100
+
+
+@given(dials(), st.floats(0, 1), st.floats(0, 1))
+def test_the_dial_is_monotone_and_nearest_on_its_way(drawn: tuple[Budget, Tensor], one: float, other: float) -> None:
+    budget, table = drawn
+    less, more = (budget.dial(table, saving) for saving in sorted((one, other)))
+    assert bool((less <= more).all())
+    assert all(any(abs(value - b) < 1e-6 for b in budget.bins) for value in more.flatten().tolist())
+    reached = [float(budget.saving(budget.dial(table, target / 50).double())) for target in range(51)]
+    wanted = max(one, other)
+    assert abs(float(budget.saving(more.double())) - wanted) <= min(abs(value - wanted) for value in reached) + 1e-6
+    assert not budget.dial(table, 0.0).any() or float(budget.saving(budget.dial(table, 0.0).double())) < 1e-9
+
+
+def test_the_dial_keeps_what_the_table_tells_apart() -> None:
+    budget = Budget.of_tokens(3, DEFAULT_BINS[:10], torch.ones(1), 0.9)
+    dialled = budget.dial(torch.tensor([[0.0], [0.7], [0.3]]), 0.2)
+    assert dialled.flatten().tolist() == pytest.approx([0.0, 0.5, 0.1])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffcr_surgery as dcs
@@ -214,3 +214,27 @@ def mixed_timesteps_are_refused(entry: Entry, planned: int, text: str) -> None:
     with torch.no_grad(), pytest.raises((TimestepError, NoRoutableBlockError), match=text):
         model, inputs, times = in_several_regions(entry, 3, planned)
         run(model, entry, inputs, times)
+
+
+def compiles_as_a_whole(entry: Entry) -> None:
+    """Specialised, the model runs as one graph without a break, and gives what it gives without the compiler."""
+    graphs: list[fx.GraphModule] = []
+
+    def backend(graph: fx.GraphModule, example_inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    model, inputs = entry.build(), entry.inputs()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        dcs.convert_(model, inputs, dcs.DiffCRConfig(initial_ratio=0.5))
+        for router in model.diffcr.routers.values():
+            router.weight.normal_()
+        in_eval = tensors(model(**inputs))
+        dcs.specialize_(model)
+        expected = tensors(model(**inputs))
+        assert all(map(torch.equal, in_eval, expected))
+        compiled = torch.compile(model, fullgraph=True, backend=backend)
+        for _ in range(2):
+            assert all(map(torch.equal, tensors(compiled(**inputs)), expected))
+    assert len(graphs) == 1

@@ -100,6 +100,18 @@ NOT_SPLIT = {
     "TransformerTemporalModel": "none of its inputs can be split into samples",  # axis 0 is samples times frames
 }
 
+# Classes that do not compile without a graph break -> what they decide on the content of tensors. Of GlmImage this is our guard alone.
+NOT_COMPILED = {
+    "BriaFibo2Transformer2DModel": "lengths of prompts",
+    "GlmImageTransformer2DModel": "how many prior tokens are dropped",
+    "HiDreamImageTransformer2DModel": "tokens of each expert",
+    "HunyuanImageTransformer2DModel": "lengths of prompts",
+    "HunyuanVideo15Transformer3DModel": "whether there are images",
+    "Lumina2Transformer2DModel": "lengths of prompts",
+    "OmniGenTransformer2DModel": "places of images",
+    "QwenImage21Transformer2DModel": "lengths of prompts",
+}
+
 # Model classes of the package that denoise nothing -> why.
 NO_DENOISERS = {
     "MiniMaxMusic3RVQDepthDecoder": "an autoregressive language model over codebooks: no noise, no timestep",

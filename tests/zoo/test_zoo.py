@@ -18,7 +18,7 @@ import diffcr_surgery as dcs
 from diffcr_surgery.errors import NoRoutableBlockError, TimestepError
 from tests.zoo import contract, denoisers  # noqa: F401 - fills the zoo
 from tests.zoo.entry import ZOO, Entry
-from tests.zoo.table import DENSE, NO_DENOISERS, NOT_SPLIT, SITES
+from tests.zoo.table import DENSE, NO_DENOISERS, NOT_COMPILED, NOT_SPLIT, SITES
 
 every_class = pytest.mark.parametrize("entry", ZOO.values(), ids=ZOO)
 routed_classes = pytest.mark.parametrize("entry", [ZOO[name] for name in SITES], ids=SITES)
@@ -126,3 +126,18 @@ def test_rows_shared_by_a_batch_that_no_sample_owns_are_named() -> None:
     entry = ZOO["QwenImage21Transformer2DModel"]
     with pytest.raises(NoRoutableBlockError, match=r"transformer_blocks\.0 .*no set: permuting them changes the output by"):
         dcs.plan(entry.build(), entry.inputs(batch=2))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # what the compiler warns of in the classes' own code
+@pytest.mark.parametrize("entry", [ZOO[name] for name in SITES if name not in NOT_COMPILED], ids=lambda e: e.name)
+def test_specialised_it_compiles_as_a_whole(entry: Entry) -> None:
+    contract.compiles_as_a_whole(entry)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("entry", [ZOO[name] for name in NOT_COMPILED], ids=lambda e: e.name)
+def test_what_reads_content_does_not_compile_as_a_whole(entry: Entry) -> None:
+    with pytest.raises((torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError)):
+        contract.compiles_as_a_whole(entry)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffcr_surgery import SurgeryPlan
 from diffcr_surgery.bench.hooks import stream_of
+from diffcr_surgery.runtime.execute import prepare
+from diffcr_surgery.tokens import per_sample
+from diffcr_surgery.trace.key import bind_call
 
-__all__ = ["achieved_ratio", "count_flops", "peak_bytes", "seconds_in_turns"]
+__all__ = ["achieved_ratio", "count_flops", "peak_bytes", "routing_share", "seconds_in_turns"]
 
 Call = Callable[[], object]
 
@@ -70,6 +74,48 @@ def count_flops(call: Call) -> int:
         call()
     total: int = counter.get_total_flops()
     return total
+
+
+class _Shares(fx.Interpreter):
+    """Runs a routed graph node by node, and adds up the time of the sites' blocks and of everything else that belongs to sites."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph, cuda: bool) -> None:
+        super().__init__(model, graph=graph)
+        self.wait: Callable[[], None] = torch.cuda.synchronize if cuda else lambda: None
+        self.blocks = self.routing = 0.0
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.wait()
+        start = time.perf_counter()
+        result = super().run_node(n)
+        self.wait()
+        taken = time.perf_counter() - start
+        if n.target is per_sample or (n.op == "call_module" and not str(n.target).startswith("diffcr.")):
+            self.blocks += taken if "site" in n.meta else 0.0
+        elif "site" in n.meta:
+            self.routing += taken
+        return result
+
+
+def routing_share(model: nn.Module, inputs: dict[str, Any], rounds: int, cuda: bool) -> float:
+    """Return the time of router, choice, gathers, gate and scatter as a share of that of the blocks, in the median of some runs.
+
+    Node by node, waiting for the GPU after each: what an operation takes to be launched counts in full, which a GPU that is busy hides.
+
+    Args:
+        model: A specialised model.
+        inputs: Keyword arguments of a call.
+        rounds: How often it is run, after a run that does not count.
+        cuda: Whether to wait for the GPU.
+    """
+    state: Any = model.get_submodule("diffcr")
+    (step,) = prepare(model, state, bind_call(model.forward, (), inputs), model.forward).steps
+    shares = []
+    for _ in range(rounds + 1):
+        run = _Shares(model, step.graph, cuda)
+        run.run(*step.inputs[1:])
+        shares.append(run.routing / run.blocks)
+    return statistics.median(shares[1:])
 
 
 def achieved_ratio(model: nn.Module, plan: SurgeryPlan, call: Call) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from diffcr_surgery.bench.measure import achieved_ratio, count_flops, peak_bytes, seconds_in_turns
+from diffcr_surgery.bench.measure import achieved_ratio, count_flops, peak_bytes, routing_share, seconds_in_turns
 from diffcr_surgery.bench.models import FAMILIES, build
 from diffcr_surgery.bench.report import Row, compare, draw_latency, median_speed_up, results_table
 from diffcr_surgery.bench.sides import ROUTED, Merging, Side, build_sides, load_merging
@@ -101,13 +101,15 @@ def run_bench(settings: Settings, out: Path) -> None:
     """
     torch.manual_seed(0)
     merging, notes = load_merging(settings.baseline)
-    rows, identical, missing = _measure(settings, merging)
+    rows, routing, identical, missing = _measure(settings, merging)
     notes += missing
     rows, ideal = compare(rows)
     device = torch.cuda.get_device_name() if settings.device == "cuda" else processor_name()
     machine = f"{device}, threads: {torch.get_num_threads()}, torch {torch.__version__}; {settings.rounds} rounds"
     lines = [f"{settings.title}; {machine}.", "", results_table(rows, ideal), ""]
     lines += [_READING, ""]
+    shares = ", ".join(f"{share:.1%} at {ratio:g}".replace("%", " %") for ratio, share in routing.items())
+    lines.append(f"Router, choice, gathers, gate and scatter, node by node in eager mode, against the time of their blocks: {shares}.")
     lines.append(f"Routed at 0 gives what dense gives, bit for bit: {'yes' if identical else 'NO'}.")
     lines += notes
     ladder = _break_even(settings, rows) if settings.break_even else {}
@@ -125,6 +127,7 @@ def run_bench(settings: Settings, out: Path) -> None:
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "identical_at_0": identical,
+        "routing_share": {f"{ratio:g}": share for ratio, share in routing.items()},
         "ideal_speed_up": {f"{ratio:g}": value for ratio, value in ideal.items()},
         "sides": [{**asdict(row), "latency_ms": row.latency_ms, "iqr_ms": row.iqr_ms} for row in rows],
         "break_even": {f"{ratio:g}": {"tokens": _smallest(ups), "speed_ups": ups} for ratio, ups in ladder.items()},
@@ -134,8 +137,8 @@ def run_bench(settings: Settings, out: Path) -> None:
     draw_latency(out / "latency.png", rows, ideal, f"{settings.title}\n{machine}")
 
 
-def _measure(settings: Settings, merging: Merging | None) -> tuple[list[Row], bool, list[str]]:
-    """Measure all sides; return their rows, whether routed at 0 is dense bit for bit, and what is missing."""
+def _measure(settings: Settings, merging: Merging | None) -> tuple[list[Row], dict[float, float], bool, list[str]]:
+    """Measure all sides; return their rows, what routing takes of blocks, whether routed at 0 is dense bit for bit, and what is missing."""
     cuda = settings.device == "cuda"
     dense, inputs = _build(settings, settings.tokens)
     sides, plan, notes = build_sides(dense, inputs, settings.ratios, merging)
@@ -145,6 +148,8 @@ def _measure(settings: Settings, merging: Merging | None) -> tuple[list[Row], bo
         outputs.append(call()[0])  # a routed model's first call records its graph
         achieved.append(achieved_ratio(side.model, plan, call))
         flops.append(count_flops(call))
+    routed = [side for side in sides if side.name == ROUTED and side.ratio > 0]
+    routing = {side.ratio: routing_share(side.model, {**inputs, "return_dict": False}, settings.rounds, cuda) for side in routed}
     identical = torch.equal(*outputs[:2])
     del outputs
     with _calls(settings, sides, inputs) as calls:
@@ -154,7 +159,7 @@ def _measure(settings: Settings, merging: Merging | None) -> tuple[list[Row], bo
         Row(side.name, side.ratio, share, [1000 * s for s in column], count, peak)
         for side, share, column, count, peak in zip(sides, achieved, seconds, flops, peaks, strict=True)
     ]
-    return rows, identical, notes
+    return rows, routing, identical, notes
 
 
 def _build(settings: Settings, tokens: int) -> tuple[torch.nn.Module, dict[str, Any]]:

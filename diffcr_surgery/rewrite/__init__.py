@@ -3,18 +3,19 @@
 A site at ratio 0.3 over 64 tokens reads, in the printed graph:
 
     scores_3 = call_module[diffcr.routers.3](stream)                 b n
-    order_3  = rank_tokens(scores_3)                                 b n
-    kept_3   = keep_tokens(order_3, 45)                              b k
+    kept_3   = top_tokens(scores_3, 45)                              b k
     tokens_3 = gather_tokens(stream, kept_3, 'b n c', 64)            b k c
     blocks_3 = call_module[blocks.3](tokens_3, c)                    b k c
     factor_3 = gate_factor(scores_3, 'doubled_sigmoid')              b n
     gated_3  = gate_update(tokens_3, blocks_3, ...)                  b k c
     stream_3 = scatter_tokens(stream, gated_3, kept_3, 'b n c')      b n c
 
-Counts are Python ints, so a compiler sees static shapes. A site at 0 is the block itself.
+Counts are Python ints, so a compiler sees static shapes. A site at 0 is the block itself, one at 1 is gone. What the graph of a specialised
+model can do without, :mod:`.passes` takes out.
 
-In training a ratio lies between two bins, at the share w of the way. Let K be the tokens kept at the lower bin and K' those kept at the
-higher; both are the first of one ranking, so K' lies in K. Let u(i, S) be the gated update of token i when the block sees the tokens S.
+In training a ratio lies between two bins, at the share w of the way, and the tokens are ranked (``rank_tokens``, ``keep_tokens``). Let K be
+the tokens kept at the lower bin and K' those kept at the higher; both are the first of one ranking, so K' lies in K. Let u(i, S) be the
+gated update of token i when the block sees the tokens S.
 
 - ``branches="two"`` (the paper) runs the block on K and on K', and blends: token i moves by (1 - w) u(i, K) + w u(i, K') if it is in K', by
   (1 - w) u(i, K) if it is in K alone, and not at all outside.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 
 from diffcr_surgery._shards import is_sharded, several_processes
 from diffcr_surgery._tree import fill
@@ -36,12 +37,14 @@ class Step:
     """A routed graph as a Python function, with what to call it on.
 
     Attributes:
+        graph: The graph.
         run: The function; ``torch.compile`` finds no Python decision in it.
         inputs: The model, its input tensors, and values the recording or the rewrite added.
         output: The structure of the model's output, to be filled with what ``run`` returns.
         guarded: Whether ``run`` may stop at a value that is not the recorded one.
     """
 
+    graph: fx.Graph
     run: Callable[..., Any]
     inputs: tuple[Any, ...]
     output: Any
@@ -63,7 +66,11 @@ class _Routed:
         run, result = self._form(decisions, state.specialized, state.specialized and not torch.is_grad_enabled())
         extra: list[Any] = [torch.tensor(regions, device=state.ratio_table.device)] if result.takes_region else []
         extra += [model] if result.takes_model else []
-        return Step(run, (model, *tensors, *self.recording.constants, *extra), self.recording.output, self.recording.guarded)
+        return Step(result.graph, run, (model, *tensors, *self.recording.constants, *extra), self.recording.output, self.recording.guarded)
+
+    def graphs(self) -> list[fx.Graph]:
+        """Return the graphs run so far, the last one last."""
+        return [result.graph for _, result in self._forms.values()]
 
     def _form(self, decisions: tuple[Decision, ...], fixed: bool, in_place: bool) -> tuple[Callable[..., Any], RewriteResult]:
         key = (decisions, fixed, in_place)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from diffcr_surgery._shards import assign_, whole
 from diffcr_surgery.config import DiffCRConfig
@@ -87,6 +87,10 @@ class DiffCRState(nn.Module):
     def extra_repr(self) -> str:
         """Show what a specialised model was asked for and costs."""
         return "" if self.achieved is None else f"specialised: {self.achieved}"
+
+    def graphs(self) -> list[fx.Graph]:
+        """Return the routed graphs that have answered calls so far: ``print(model.diffcr.graphs()[-1])`` shows what is run."""
+        return [graph for recording in self.recordings if recording.derived is not None for graph in recording.derived.graphs()]
 
     @property
     def config(self) -> DiffCRConfig:

@@ -157,6 +157,9 @@ class Recordings:
     def __len__(self) -> int:
         return sum(map(len, self._entries.values()))
 
+    def __iter__(self) -> Iterator[Recording]:
+        return (recording for variants in list(self._entries.values()) for recording in list(variants))
+
     def answer(self, model: torch.nn.Module, call: Call, forward: Callable[..., Any], use: Callable[[Recording], T]) -> T:
         """Return ``use(recording)`` for a recording valid for ``call``; one is made now where there is none.
 

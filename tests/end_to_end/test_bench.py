@@ -57,6 +57,8 @@ def check_head(report: dict[str, Any], table: str) -> None:
     assert report["dtype"] == "float32" and report["compile"] is False and report["torch"] == torch.__version__
     assert report["device_name"] and report["threads"] == torch.get_num_threads()
     assert "dit-xl-2 (shortened: 2 of 28 layers), 64 tokens, batch 1, float32, eager" in table
+    assert report["routing_share"].keys() == {"0.3", "0.8"} and all(0 < share < 10 for share in report["routing_share"].values())
+    assert all(f"{share:.1%}".replace("%", " %") + f" at {ratio}" in table for ratio, share in report["routing_share"].items())
     assert report["identical_at_0"] is True and "bit for bit: yes" in table
 
 

@@ -85,7 +85,8 @@ def check_caches(model: nn.Module, altered: Mapping[str, bool], parts: int = 1) 
             if block is not model and _REGISTRY in vars(block):
                 for name, hook, _ in _cache_hooks(block):
                     raise _around(name, hook, path)
-            block = block._modules[step]  # type: ignore[assignment]
+            inner = block._modules.get(step)
+            block = getattr(block, step) if inner is None else inner  # a wrapper hands out what it wraps
         if moves:
             _check_block(block, path)
 

@@ -49,7 +49,7 @@ class _Awake(nn.Module):
         return self.original(*args, **kwargs)
 
     def answer(self, *args: Any, **kwargs: Any) -> Any:
-        return torch.func.functional_call(self, self.noise, args, kwargs)
+        return torch.func.functional_call(self, self.noise, args, kwargs) if self.noise else self(*args, **kwargs)
 
 
 @torch.no_grad()

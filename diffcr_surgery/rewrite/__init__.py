@@ -39,7 +39,7 @@ from torch import fx
 from diffcr_surgery.errors import SurgeryError
 from diffcr_surgery.rewrite import ops
 from diffcr_surgery.rewrite.emit import Decision, RoutedCall, Shared, emit_block, emit_site
-from diffcr_surgery.rewrite.passes import FuseSites, ScatterInPlace, ShareGathers
+from diffcr_surgery.rewrite.passes import FuseSites, ScatterInPlace, ShareGathers, writes
 from diffcr_surgery.trace.recording import BlockCall, compile_graph
 
 __all__ = ["Decision", "FuseSites", "RewriteResult", "RouteTokens", "RoutedCall", "ScatterInPlace", "ShareGathers", "used_items"]
@@ -123,7 +123,9 @@ class RouteTokens:
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
         env |= {node: out.node_copy(node) for node in inputs}
         extra = {name: out.placeholder(name) for name, wanted in (("region", blending), ("model", wrapped)) if wanted}
-        shared = Shared(extra.get("region"), self.checked, scored)
+        calls = list(self.calls.values())
+        risky = any(call.overwrites for call in calls) or self.blocks.keys() != self.calls.keys() or any(map(writes, graph.nodes))
+        shared = Shared(extra.get("region"), self.checked, scored, risky)
         for node in list(graph.nodes)[len(inputs) :]:
             source = node.args[0] if node.args and node.target in (operator.getitem, getattr) else None
             if isinstance(source, fx.Node) and source in taken and None not in taken[source]:
@@ -139,7 +141,7 @@ class RouteTokens:
                 env |= {node: taken[node][None]} if None in taken[node] else {}
             else:
                 if node.op == "output" and self.checked and shared.scores:
-                    paths = {call.index: call.path for call in self.calls.values()}
+                    paths = {call.router: call.path for call in reversed(calls)}
                     out.call_function(ops.check_scores, (tuple(paths[row] for row in shared.scores), tuple(shared.scores.values())))
                 env[node] = out.node_copy(node, env.__getitem__)
         return RewriteResult(out, bool(self.calls), blending, bool(wrapped))
@@ -174,7 +176,7 @@ class RouteTokens:
         given = [shared.scores[row]] if row in shared.scores else []
         scores = {row: inner.placeholder("scores") for row in [row] if given}
         region = inner.placeholder("region") if "region" in extra else None
-        own = Shared(region, shared.checked, shared.wanted, scores)
+        own = Shared(region, shared.checked, shared.wanted, shared.risky, scores)
         results = self._emit(inner, node, fx.map_arg(node.args, inside.get), fx.map_arg(node.kwargs, inside.get), items, own)
         made = [] if given else list(own.scores.values())
         inner.output((*results.values(), *made))

@@ -95,6 +95,7 @@ class Shared:
         region: Node of the samples' regions; needed to blend.
         checked: Whether infinite scores are to be seen.
         wanted: Rows of the routers that decide anything.
+        risky: Whether anything in the graph may write into a stream, so that none may go on under two names.
         scores: Row of each router that has been emitted -> its scores.
         staying: Spans of tokens that stay, and their number in all -> the mask.
     """
@@ -102,6 +103,7 @@ class Shared:
     region: fx.Node | None = None
     checked: bool = True
     wanted: frozenset[int] = frozenset()
+    risky: bool = True
     scores: dict[int, fx.Node] = field(default_factory=dict)
     staying: dict[tuple[Spans, int], fx.Node] = field(default_factory=dict)
 
@@ -237,7 +239,8 @@ class _Site:
         if count == call.tokens:
             return self._whole(toward, second)
         if ratio == 1.0 and not self.blended and not call.staying and self.items in ([], [call.output]):
-            return {call.output: self._skip()}  # nothing enters the block
+            skip = self._skip()  # nothing enters the block
+            return {call.output: graph.call_method("clone", (skip,)) if self.shared.risky and skip is self.stream else skip}
         kept = self.kept(count)
         tokens = _named(graph, f"tokens_{call.index}", gather_tokens, (self.stream, kept, call.pattern, call.tokens))
         results = self._run_kept(kept, tokens, second, count)

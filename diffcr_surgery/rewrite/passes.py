@@ -13,13 +13,36 @@ Two sites that share a router and a ratio keep the same tokens. From
 
 from __future__ import annotations
 
+import operator
+
 from torch import fx
 
 from diffcr_surgery.rewrite import ops
 from diffcr_surgery.tokens import gather_each, gather_tokens, scatter_tokens, scatter_tokens_, top_tokens
 from diffcr_surgery.trace.builder import expect
 
-__all__ = ["FuseSites", "ScatterInPlace", "ShareGathers"]
+__all__ = ["FuseSites", "ScatterInPlace", "ShareGathers", "writes"]
+
+_IN_PLACE = {
+    operator.setitem,
+    *(getattr(operator, f"i{name}") for name in "add and floordiv lshift matmul mod mul or pow rshift sub truediv xor".split()),
+}
+
+
+def writes(node: fx.Node) -> bool:
+    """Tell whether a node of a recorded graph writes into a value that others may read, by itself or through a view."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.target is scatter_tokens_ or node.op not in ("call_function", "call_method"):
+        return False
+    named = name.endswith("_") and not name.endswith("__") and not name.startswith("_")
+    return named or node.target in _IN_PLACE or node.target is setattr or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
+
+
+def _written_between_sites(graph: fx.Graph) -> bool:
+    """Tell whether the model itself writes into values after the first site: then one value may be two, before and after."""
+    nodes = list(graph.nodes)
+    first = next((i for i, node in enumerate(nodes) if node.target is top_tokens), len(nodes))
+    return any(writes(node) for node in nodes[first:])
 
 
 class ShareGathers:
@@ -31,6 +54,8 @@ class ShareGathers:
         """Change ``graph``; return whether it was modified."""
         first: dict[tuple[object, ...], fx.Node] = {}
         modified = False
+        if _written_between_sites(graph):
+            return False
         for node in list(graph.nodes):
             if node.target not in self.PURE:
                 continue
@@ -49,6 +74,8 @@ class FuseSites:
     def __call__(self, graph: fx.Graph) -> bool:
         """Change ``graph``; return whether it was modified."""
         modified = _forget_shapes(graph)
+        if _written_between_sites(graph):
+            return modified
         for node in list(graph.nodes):
             stream = node.args[0] if node.target in (gather_tokens, scatter_tokens) else None
             if not isinstance(stream, fx.Node) or stream.target is not scatter_tokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from diffcr_surgery.trace.recording import Recording, compile_graph, set_rng_sta
 __all__ = ["Prepared", "Step", "answer", "costs_of", "prepare"]
 
 MAX_GRAPHS = 64
+_SPLITTING = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,13 @@ class Step:
         graph: The graph.
         run: The function; ``torch.compile`` finds no Python decision in it.
         inputs: The model, its input tensors, and values the recording or the rewrite added.
-        output: The structure of the model's output, to be filled with what ``run`` returns.
-        guarded: Whether ``run`` may stop at a value that is not the recorded one.
+        recording: What the graph was made of; it knows the structure of the output, and whether ``run`` may be stopped by a guard.
     """
 
     graph: fx.Graph
     run: Callable[..., Any]
     inputs: tuple[Any, ...]
-    output: Any
-    guarded: bool
+    recording: Recording
 
 
 class _Routed:
@@ -56,6 +56,7 @@ class _Routed:
 
     def __init__(self, recording: Recording, plan: SurgeryPlan) -> None:
         self.recording = recording
+        self.regions = plan.regions.count
         self.calls = _aligned(recording, plan)
         self._forms: OrderedDict[tuple[tuple[Decision, ...], bool, bool], tuple[Callable[..., Any], RewriteResult]] = OrderedDict()
 
@@ -66,7 +67,7 @@ class _Routed:
         run, result = self._form(decisions, state.specialized, state.specialized and not torch.is_grad_enabled())
         extra: list[Any] = [torch.tensor(regions, device=state.ratio_table.device)] if result.takes_region else []
         extra += [model] if result.takes_model else []
-        return Step(result.graph, run, (model, *tensors, *self.recording.constants, *extra), self.recording.output, self.recording.guarded)
+        return Step(result.graph, run, (model, *tensors, *self.recording.constants, *extra), self.recording)
 
     def graphs(self) -> list[fx.Graph]:
         """Return the graphs run so far, the last one last."""
@@ -80,7 +81,7 @@ class _Routed:
                 if wanted:
                     rewrite(result.graph)
             self._forms[key] = (compile_graph(result.graph), result)
-            while len(self._forms) > MAX_GRAPHS:
+            while len(self._forms) > max(MAX_GRAPHS, 2 * self.regions):  # no region of a specialised model is ever made twice
                 self._forms.popitem(last=False)
         self._forms.move_to_end(key)
         return self._forms[key]
@@ -111,7 +112,7 @@ def _aligned(recording: Recording, plan: SurgeryPlan) -> dict[Any, RoutedCall]:
 def _check_routers(calls: Iterable[RoutedCall]) -> None:
     rows = {call.index: call for call in calls}
     for call in rows.values():
-        first = rows[call.router]
+        first = rows.get(call.router, call)  # a call may leave a block out; then the next one's stream is scored
         if (call.tokens, call.staying) != (first.tokens, first.staying):
             raise AlignmentError(
                 f"{call.path} was planned to share the routing of {first.path}, but in this call other tokens of theirs may bypass: "
@@ -160,13 +161,15 @@ class Prepared:
 
     Attributes:
         steps: The graphs to run, one for each part of the call.
+        gradients: Whether gradients are on.
         finish: Makes the call's result of what they return.
-        rewind: Undoes what a run that a guard has stopped may have left behind.
+        rewind: Undoes what was done when a guard has stopped the step with this number; its recording is tried last from now on.
     """
 
     steps: list[Step]
+    gradients: bool
     finish: Callable[[list[Any]], Any]
-    rewind: Callable[[], None]
+    rewind: Callable[[int], None]
 
 
 def prepare(model: torch.nn.Module, state: DiffCRState, call: Call, forward: Callable[..., Any]) -> Prepared:
@@ -179,18 +182,18 @@ def prepare(model: torch.nn.Module, state: DiffCRState, call: Call, forward: Cal
             return _routed(recording, state).step(model, state, part.call.tensors, part.decisions, part.regions)
 
         steps.append(state.recordings.answer(model, part.call, forward, use))
-    device, gradients = model_device(model, call.tensors), torch.is_grad_enabled()
-    random = rng_state(device) if any(step.guarded for step in steps) else None
+    device = model_device(model, call.tensors)
+    random = rng_state(device) if any(step.recording.guarded for step in steps) else None
 
     def finish(values: list[Any]) -> Any:
-        return _together([fill(step.output, value) for step, value in zip(steps, values, strict=True)], parts, lists)
+        return _together([fill(step.recording.output, value) for step, value in zip(steps, values, strict=True)], parts, lists)
 
-    def rewind() -> None:
-        torch.set_grad_enabled(gradients)
+    def rewind(stopped: int) -> None:
+        state.recordings.postpone(steps[stopped].recording)
         if random is not None:
             set_rng_state(random, device)
 
-    return Prepared(steps, finish, rewind)
+    return Prepared(steps, torch.is_grad_enabled(), finish, rewind)
 
 
 def _cut(model: torch.nn.Module, state: DiffCRState, call: Call, forward: Callable[..., Any]) -> tuple[list[_Part], frozenset[str]]:
@@ -214,9 +217,10 @@ def _cut(model: torch.nn.Module, state: DiffCRState, call: Call, forward: Callab
     if len(groups) == 1:
         same = len(set(regions)) == 1
         return [_Part(call, cache[regions[0]], regions[:1] if same else regions, list(range(len(regions))))], frozenset()
-    splitting = state.splittings.get(given(call))
-    if splitting is None:  # the first of its kind: it is run on samples alone
-        splitting = state.splittings[given(call)] = find_splitting(model, forward, call, len(regions))
+    with _SPLITTING:  # one thread finds it, the others wait
+        splitting = state.splittings.get(given(call))
+        if splitting is None:  # the first of its kind: it is run on samples alone
+            splitting = state.splittings[given(call)] = find_splitting(model, forward, call, len(regions))
     if splitting.refusal:
         raise refused(splitting.refusal)
     parts = [

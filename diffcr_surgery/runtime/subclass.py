@@ -39,8 +39,8 @@ def _finish(prepared: Prepared, values: list[Any]) -> Any:
     return prepared.finish(values)
 
 
-def _start_over(prepared: Prepared, *call: Any) -> Any:
-    prepared.rewind()
+def _start_over(prepared: Prepared, stopped: int, *call: Any) -> Any:
+    prepared.rewind(stopped)
     return _answer(*call)
 
 
@@ -103,11 +103,13 @@ def _twin(original: type) -> type:
             return (_hidden if torch.compiler.is_dynamo_compiling() else _OUTSIDE[_answer])(*call)
         prepared = _OUTSIDE[_prepare](*call)
         values = []
-        try:
-            for step in prepared.steps:
+        for step in prepared.steps:
+            try:
                 values.append(step.run(*step.inputs))
-        except StaleRecordingError:
-            return _OUTSIDE[_start_over](prepared, *call)
+            except StaleRecordingError:
+                return _OUTSIDE[_start_over](prepared, len(values), *call)
+            finally:
+                torch._C._set_grad_enabled(prepared.gradients)  # a model may switch them off and be stopped, or never switch them on again
         return _OUTSIDE[_finish](prepared, values)
 
     # accelerate takes its mixed-precision wrappers off a model by following `__wrapped__`, and would find the dense forward there.

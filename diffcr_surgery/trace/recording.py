@@ -194,18 +194,32 @@ class Recordings:
             device = model_device(model, call.tensors)
             start = rng_state(device)
             try:
-                return (use(recording),)
+                result = use(recording)
             except StaleRecordingError:
                 set_rng_state(start, device)
+                continue
+            self._move(recording, first=True)
+            return (result,)
         return None
 
     def _valid(self, key: Hashable, call: Call) -> list[Recording]:
         return [recording for recording in list(self._entries.get(key, ())) if recording.fits(call)]
 
+    def postpone(self, recording: Recording) -> None:
+        """Let a variant that a guard has stopped be tried last next time."""
+        self._move(recording, first=False)
+
+    def _move(self, recording: Recording, *, first: bool) -> None:
+        for key, variants in list(self._entries.items()):
+            if len(variants) > 1 and variants[0 if first else -1] is not recording and any(other is recording for other in variants):
+                with self._lock:
+                    others = [other for other in self._entries.get(key, []) if other is not recording]
+                    self._entries[key] = [recording, *others] if first else [*others, recording]
+
     def _store(self, key: Hashable, recording: Recording) -> None:
         variants = self._entries.setdefault(key, [])
-        variants.append(recording)
-        del variants[:-MAX_VARIANTS]
+        variants.insert(0, recording)
+        del variants[MAX_VARIANTS:]
         self._entries.move_to_end(key)
         while len(self._entries) > MAX_RECORDINGS:
             self._entries.popitem(last=False)

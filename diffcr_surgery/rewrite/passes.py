@@ -1,4 +1,4 @@
-"""Passes over a routed graph that is run without gradients: fewer gathers, fewer scatters, fewer copies; the values stay, bit for bit.
+"""Passes over the routed graph of a specialised model: fewer gathers, fewer scatters, fewer copies; the values stay, bit for bit.
 
 Two sites that share a router and a ratio keep the same tokens. From
 

@@ -108,7 +108,8 @@ def _check_fits(model: torch.nn.Module, planned: SurgeryPlan) -> None:
     if "forward" in vars(model):
         raise ConversionError(
             f"{type(model).__name__}.forward was replaced on the object itself (offloading hooks of accelerate and diffusers do that), so "
-            "a conversion would go unseen. Remove the hook (accelerate.hooks.remove_hook_from_module), convert, and add it again."
+            "a conversion would go unseen. Remove the hook (accelerate.hooks.remove_hook_from_module, or "
+            "model._diffusers_hook.remove_hook(name)), convert, and add it again."
         )
 
 
@@ -144,8 +145,8 @@ def restore_(model: torch.nn.Module) -> torch.nn.Module:
     elif own is not None:
         raise ConversionError(
             f"{type(model).__name__}.forward was replaced on the object itself after the conversion (accelerate does that for mixed "
-            "precision and offloading); take that back first: accelerator.unwrap_model(model, keep_fp32_wrapper=False), or "
-            "accelerate.hooks.remove_hook_from_module."
+            "precision and offloading, diffusers for offloading); take that back first: accelerator.unwrap_model(model, "
+            "keep_fp32_wrapper=False), accelerate.hooks.remove_hook_from_module, or model._diffusers_hook.remove_hook(name)."
         )
     del model.diffcr
     model.__class__ = original_class(model)

@@ -19,17 +19,19 @@ from tests.models import CASES, Case, output
 CPU = torch.device("cpu")
 
 
-def trained(case: Case, ratio: float | None = None, *, convert: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
+def trained(
+    case: Case, ratio: float | None = None, *, convert: nn.Module | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, dict[str, Any]]:
     """A converted model with ratios and routers as training might leave them, or all at one ratio; and inputs for it."""
     model = case.build(0) if convert is None else convert
-    inputs = case.inputs(model, 2, seed=1, timesteps=case.times(4, [0, 2]))
+    inputs = to(case.inputs(model, 2, seed=1, timesteps=case.times(4, [0, 2])), dtype)
     dcs.convert_(model, inputs, dcs.DiffCRConfig(timestep_regions=4, timestep_range=case.timestep_range))
     source = torch.Generator().manual_seed(2)
     with torch.no_grad():
         table = dcs.ratio_table(model)
         table.copy_(0.8 * torch.rand(table.shape, generator=source) if ratio is None else torch.full_like(table, ratio))
         for router in model.diffcr.routers.values():
-            router.weight.normal_(generator=source)
+            router.weight.copy_(torch.randn(router.weight.shape, generator=source))  # the same draw in every precision
     return model.eval(), inputs
 
 

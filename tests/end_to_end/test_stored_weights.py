@@ -11,7 +11,7 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Weig
 
 import diffcr_surgery as dcs
 from diffcr_surgery.errors import ConversionError
-from tests.end_to_end.test_composition import gap, offload, run, scores_of, to, trained
+from tests.end_to_end.test_composition import gap, offload, run, scores_of, trained
 from tests.models import CASES
 
 WHEN = pytest.mark.parametrize("when", ["before converting", "converted", "specialised", "used"])
@@ -24,8 +24,7 @@ def put_together(
     dense = CASES[name].build(0).to(dtype)
     if when == "before converting":
         put(dense)
-    # planned with inputs of the dtype
-    model, inputs = trained_in(name, dense, ratio, dtype)
+    model, inputs = trained(CASES[name], ratio, convert=dense, dtype=dtype)
     if when == "converted":
         put(model)
     dcs.specialize_(model)
@@ -34,20 +33,6 @@ def put_together(
     if when in ("specialised", "used"):
         put(model)
     return model, inputs
-
-
-def trained_in(name: str, dense: nn.Module, ratio: float | None, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
-    """`trained` for a model in another precision."""
-    case = CASES[name]
-    inputs = to(case.inputs(dense, 2, seed=1, timesteps=case.times(4, [0, 2])), dtype)
-    dcs.convert_(dense, inputs, dcs.DiffCRConfig(timestep_regions=4, timestep_range=case.timestep_range))
-    source = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        table = dcs.ratio_table(dense)
-        table.copy_(0.8 * torch.rand(table.shape, generator=source) if ratio is None else torch.full_like(table, ratio))
-        for router in dense.diffcr.routers.values():
-            router.weight.copy_(torch.randn(router.weight.shape, generator=source))
-    return dense.eval(), inputs
 
 
 def bypassed(model: nn.Module, inputs: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Specialised models: what is left in their graphs, the budget dial, and what they say of it."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import fx, nn
 import diffcr_surgery as dcs
 from diffcr_surgery.errors import AlignmentError, ConfigError
 from diffcr_surgery.rewrite import ops
+from diffcr_surgery.runtime.execute import _check_routers, _routed
 from diffcr_surgery.tokens import gather_tokens, scatter_tokens, scatter_tokens_, top_tokens
 from tests.models import CASES, Case, output
 from tests.zoo import denoisers, hand_written  # noqa: F401 - fill the zoo
@@ -233,12 +235,8 @@ def test_sharing_needs_the_same_tokens_in_every_call() -> None:
     model, inputs = converted(share_routing=2)
     sites = model.diffcr.plan.routed_sites
     assert sites[0].tokens == sites[1].tokens
-    from dataclasses import replace
-
-    from diffcr_surgery.runtime.execute import _check_routers, _routed
-
     run(model, inputs)
-    ((recording,),) = model.diffcr.recordings._entries.values()
+    (recording,) = model.diffcr.recordings
     calls = list(_routed(recording, model.diffcr).calls.values())
     with pytest.raises(AlignmentError, match=r"transformer_blocks\.1 was planned to share the routing of transformer_blocks\.0, but"):
         _check_routers([calls[0], replace(calls[1], tokens=7)])

@@ -1,0 +1,167 @@
+"""What the recipes share: how a pipeline is read, the losses, the data on disk, flags and checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from parts.caching import PreparedData, load_captioned
+from parts.calling import UnsupportedPipeline, encode_captions, read_calling
+from parts.checkpoints import Checkpoints
+from parts.objectives import FlowMatching, NoisePrediction, objective_of
+from parts.settings import add_diffcr_flags, diffcr_config, new_parser, read_arguments
+from parts.tiny import captioned_photographs, tiny_pixart
+from torch import nn
+
+CALL = {"height": 32, "width": 32, "guidance_scale": 1.0, "use_resolution_binning": False, "clean_caption": False}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_pixart(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def pipe(folder: Path) -> Any:
+    found = DiffusionPipeline.from_pretrained(folder)
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+class TestCalling:
+    def test_what_training_needs_is_read_off_one_run(self, pipe: Any) -> None:
+        calling = read_calling(pipe, steps=5, **CALL)
+        assert calling.conditions == ("encoder_hidden_states", "encoder_attention_mask")
+        assert calling.constants["return_dict"] is False and calling.constants["added_cond_kwargs"] == {
+            "resolution": None,
+            "aspect_ratio": None,
+        }
+        assert (calling.timestep_scale, calling.layout, calling.shift, calling.scale) == (1.0, None, 0.0, pipe.vae.config.scaling_factor)
+        pipe.scheduler.set_timesteps(5)
+        assert calling.timesteps == tuple(map(float, pipe.scheduler.timesteps)) and calling.visits(4, 1000.0) == (1.0, 1.0, 1.0, 2.0)
+
+    def test_the_pipeline_is_left_as_it_was(self, pipe: Any) -> None:
+        hooks = len(pipe.transformer._forward_hooks), len(pipe.transformer._forward_pre_hooks)
+        read_calling(pipe, steps=1, **CALL)
+        assert "step" not in vars(pipe.scheduler) and "decode" not in vars(pipe.vae)
+        assert hooks == (len(pipe.transformer._forward_hooks), len(pipe.transformer._forward_pre_hooks))
+
+    def test_a_scheduler_that_scales_what_the_transformer_sees_is_refused(self, pipe: Any) -> None:
+        pipe.scheduler = EulerDiscreteScheduler()
+        with pytest.raises(
+            UnsupportedPipeline, match=r"the latents of its scheduler .* and its transformer's `hidden_states` .* are not the same"
+        ):
+            read_calling(pipe, steps=2, **CALL)
+
+    def test_captions_are_encoded_without_running_the_transformer(self, pipe: Any) -> None:
+        called = []
+        pipe.transformer.transformer_blocks[0].register_forward_hook(lambda *_: called.append(1))
+        found = encode_captions(pipe, ["a cat"], **CALL)
+        assert found["encoder_hidden_states"].shape == (1, 300, 16) and not called
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_a_model_that_predicts_the_target_recovers_the_clean_image(prediction: str) -> None:
+    objective = objective_of(DPMSolverMultistepScheduler(prediction_type=prediction))
+    assert isinstance(objective, NoisePrediction)
+    clean, noise = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
+    timesteps = objective.draw(3, torch.Generator().manual_seed(1))
+    assert not timesteps.is_floating_point()
+    noisy, target = objective.noisy_and_target(clean, noise, timesteps.float())
+    scheduler = DDIMScheduler(prediction_type=prediction, clip_sample=False)
+    scheduler.set_timesteps(1000)
+    for one in range(3):
+        found = scheduler.step(target[one], int(timesteps[one]), noisy[one]).pred_original_sample
+        torch.testing.assert_close(found, clean[one], rtol=1e-3, atol=1e-3)
+
+
+def test_flow_matching_recovers_the_clean_image_in_one_euler_step() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    objective = objective_of(scheduler)
+    assert objective == FlowMatching(1000.0, 3.0)
+    clean, noise = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
+    scheduler.set_timesteps(2)
+    noisy, target = objective.noisy_and_target(clean, noise, scheduler.timesteps[1:])
+    scheduler.set_begin_index(1)
+    torch.testing.assert_close(scheduler.step(target, scheduler.timesteps[1], noisy).prev_sample, clean)
+
+
+def test_the_shift_moves_the_median_of_the_timesteps() -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = FlowMatching(1000.0, 3.0).draw(20_000, generator)
+    assert float(drawn.median()) == pytest.approx(750.0, abs=5.0) and 0.0 < float(drawn.min()) and float(drawn.max()) < 1000.0
+
+
+class TestPreparedData:
+    @pytest.fixture
+    def data(self, pipe: Any, tmp_path: Path) -> PreparedData:
+        rows = load_captioned(str(captioned_photographs(tmp_path / "images", 6)), "text")
+        return PreparedData(rows, "text", read_calling(pipe, steps=1, **CALL), tmp_path / "cache", "model", 32)
+
+    def test_it_is_what_vae_and_pipeline_give(self, data: PreparedData, pipe: Any) -> None:
+        data.make(pipe, Accelerator(cpu=True), **CALL)
+        stream, conditions = data.batch([4, 1], [False, True], torch.Generator().manual_seed(0))
+        assert stream.shape == (2, 4, 16, 16) and not stream.requires_grad
+        expected = encode_captions(pipe, [data.captions[4], ""], **CALL)
+        for name in ("encoder_hidden_states", "encoder_attention_mask"):
+            torch.testing.assert_close(conditions[name], expected[name])
+
+    def test_what_is_there_is_not_made_again(self, data: PreparedData, pipe: Any) -> None:
+        accelerator = Accelerator(cpu=True)
+        data.make(pipe, accelerator, **CALL)
+        files = {path: path.stat().st_mtime_ns for path in data.folder.rglob("*.safetensors")}
+        assert len(files) == 6 + 5  # four captions and the empty one
+        gone = next(path for path in files if path.parent.name == "latents")
+        gone.unlink()
+        data.make(pipe, accelerator, **CALL)
+        again = {path: path.stat().st_mtime_ns for path in data.folder.rglob("*.safetensors")}
+        assert files.keys() == again.keys() and [path for path in files if files[path] != again[path]] == [gone]
+
+    def test_a_folder_without_captions_is_refused_by_name(self, tmp_path: Path) -> None:
+        folder = captioned_photographs(tmp_path / "images", 2)
+        with pytest.raises(SystemExit, match=r"has the columns \['image', 'text'\], not \['caption'\]"):
+            load_captioned(str(folder), "caption")
+
+
+def parsed(*words: str) -> argparse.Namespace:
+    parser = new_parser("A recipe.")
+    parser.add_argument("--names", nargs="+", default=[])
+    add_diffcr_flags(parser, target_ratio=0.2, regions=4)
+    return read_arguments(parser, words)
+
+
+def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("target-ratio: 0.4\nregions: 2\nuniform: false\nnames: [a, b c]\ncost: flops\n", encoding="utf-8")
+    given = parsed("--config", str(file), "--regions", "8")
+    assert (given.target_ratio, given.regions, given.uniform, given.names, given.cost) == (0.4, 8, False, ["a", "b c"], "flops")
+    config = diffcr_config(given, timestep_range=(0, 1000))
+    assert (config.target_ratio, config.timestep_regions, config.branches, config.cost) == (0.4, 8, "boundary", "flops")
+
+
+def test_uniform_is_mixture_of_depths() -> None:
+    config = diffcr_config(parsed("--uniform", "--target-ratio", "0.3"), timestep_range=(0, 1000))
+    assert (config.initial_ratio, config.learn_ratios, config.timestep_regions) == (0.3, False, 1)
+
+
+def test_checkpoints_keep_the_newest_and_only_what_is_trained(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    model = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
+    prepared, optimizer = accelerator.prepare(model, torch.optim.AdamW(model[1].parameters(), lr=0.1))
+    checkpoints = Checkpoints(accelerator, tmp_path, keep=2)
+    assert checkpoints.resume() == 0
+    for step in (2, 4, 6):
+        prepared(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        checkpoints.save(step)
+    kept = model[1].weight.detach().clone()
+    with torch.no_grad():
+        model[1].weight.zero_()
+    assert checkpoints.resume() == 6 and torch.equal(model[1].weight, kept)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-4", "step-6"]
+    assert (tmp_path / "step-6" / "trained.safetensors").stat().st_size < 300 and not list(tmp_path.rglob("model*.safetensors"))

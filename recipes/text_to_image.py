@@ -35,7 +35,7 @@ from parts.settings import add_diffcr_flags, diffcr_config, new_parser, read_arg
 from parts.tiny import captioned_photographs, tiny_pixart
 from peft import LoraConfig, get_peft_model
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torchvision.utils import save_image
 
@@ -82,173 +82,195 @@ def arguments() -> argparse.Namespace:
     return given
 
 
-def call_arguments(pipe: DiffusionPipeline, given: argparse.Namespace, guidance: float) -> dict[str, Any]:
-    """Arguments of the pipeline besides prompt and steps; those it does not know are left out."""
-    wanted = {
-        "height": given.size,
-        "width": given.size,
-        "guidance_scale": guidance,
-        "use_resolution_binning": False,  # PixArt would go to the nearest of the sizes it was trained on
-        "clean_caption": False,  # DeepFloyd's clean-up of scraped captions, which needs more packages
-    }
-    return supported_arguments(pipe, wanted)
+class TextToImage:
+    """One run: the data made ready, the model converted, trained, shown and kept."""
 
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given = given
+        self.accelerator = Accelerator(
+            gradient_accumulation_steps=given.accumulate,
+            mixed_precision=given.mixed_precision,
+            log_with="tensorboard",
+            project_dir=given.out / "logs",
+        )
+        self.accelerator.init_trackers("text_to_image")
+        if given.data is None:  # the smoke run has none
+            given.model, given.data = given.out / "model", given.out / "data"
+            if self.accelerator.is_main_process:
+                tiny_pixart(given.model), captioned_photographs(given.data)
+            self.accelerator.wait_for_everyone()
+        # What is not trained is kept in the precision of the forward.
+        self.low = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[given.mixed_precision]
+        self.pipe = DiffusionPipeline.from_pretrained(given.model, torch_dtype=self.low).to(self.accelerator.device)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.objective = objective_of(self.pipe.scheduler)
+        self.pictures: dict[str, Tensor] = {}
 
-@contextmanager
-def moved(encoders: list[nn.Module], device: torch.device) -> Iterator[None]:
-    """Have the text encoders on the device for a while; between samples they only take memory there."""
-    for encoder in encoders:
-        encoder.to(device)
-    yield
-    for encoder in encoders:
-        encoder.to("cpu")
+    @contextmanager
+    def text_encoders(self) -> Iterator[None]:
+        """Have the text encoders on the device for a while; between samples they would only take memory there."""
+        encoders = [part for name, part in self.pipe.components.items() if name.startswith("text_encoder") and part is not None]
+        for encoder in encoders:
+            encoder.to(self.accelerator.device)
+        yield
+        for encoder in encoders:
+            encoder.to("cpu")
 
+    def call(self, guidance: float) -> dict[str, Any]:
+        """Arguments of the pipeline besides prompt and steps."""
+        wanted = {
+            "height": self.given.size,
+            "width": self.given.size,
+            "guidance_scale": guidance,
+            "use_resolution_binning": False,  # PixArt would go to the nearest of the sizes it was trained on
+            "clean_caption": False,  # DeepFloyd's clean-up of scraped captions, which needs more packages
+        }
+        return supported_arguments(self.pipe, wanted)
 
-def sample(pipe: DiffusionPipeline, given: argparse.Namespace) -> Tensor:
-    """Draw an image for each prompt through the pipeline, always from the same noise: `b 3 h w` in [0, 1]."""
-    pipe.transformer.eval()
-    noise = [torch.Generator().manual_seed(given.seed + i) for i in range(len(given.prompts))]
-    call = call_arguments(pipe, given, given.guidance)
-    images = pipe(prompt=given.prompts, num_inference_steps=given.sample_steps, generator=noise, output_type="pt", **call).images
-    pipe.transformer.train()
-    return images.float().cpu()
+    def prepare_data(self) -> None:
+        """Read how the pipeline calls its transformer, and bring images and captions into that form."""
+        given = self.given
+        # Without classifier-free guidance, as training is. The guidance that FLUX was distilled to take is an input like any other.
+        call = self.call(given.guidance if self.pipe.transformer.config.get("guidance_embeds") else 1.0)
+        rows = load_captioned(str(given.data), given.caption_column)
+        with self.text_encoders():
+            self.calling = read_calling(self.pipe, steps=given.sample_steps, **call)
+            cache = given.cache or given.out / "cache"
+            self.data = PreparedData(rows, given.caption_column, self.calling, cache, str(given.model), given.size)
+            self.data.make(self.pipe, self.accelerator, **call)
+            if self.accelerator.is_main_process:
+                self.pictures["dense"] = self.sample()
 
+    def prepare_model(self) -> None:
+        """Choose what is trained, convert, and make the optimizers. What is trained is kept in single precision."""
+        given = self.given
+        set_seed(given.seed)  # only here: how much chance the data took depends on what was cached
+        self.transformer = self.pipe.transformer.requires_grad_(given.full)
+        if not given.full:
+            lora = LoraConfig(r=given.rank, lora_alpha=given.rank, target_modules=given.lora_targets)
+            self.lora = get_peft_model(self.transformer, lora)  # its layers are put into the transformer, in place
+        if given.checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        highest = self.objective.highest * self.calling.timestep_scale
+        config = diffcr_config(given, timestep_range=(0.0, highest), region_weights=self.calling.visits(given.regions, highest))
+        plan = dcs.plan(self.transformer, self.calling.inputs, config)
+        self.accelerator.print(plan)
+        dcs.convert_(self.transformer, plan).train()
+        cast_training_params(self.transformer)
 
-def rows_of(step: int, count: int, given: argparse.Namespace, accelerator: Accelerator) -> tuple[list[list[int]], torch.Generator]:
-    """Return the images of each micro-batch of a step, and the source of this process's randomness in it.
+        groups = dcs.parameter_groups(self.transformer, lr=given.lr, router_lr=given.router_lr, weight_decay=given.weight_decay)
+        self.clipped = [weight for group in groups for weight in group["params"]]
+        self.optimizers: list[Any] = [torch.optim.AdamW(groups)]
+        if not given.uniform:
+            self.optimizers.append(dcs.RatioOptimizer(self.transformer, total_steps=given.steps))
+        warm_up = given.warm_up * self.accelerator.num_processes  # each of them counts
+        schedule = get_scheduler("constant_with_warmup", self.optimizers[0], num_warmup_steps=warm_up)
+        self.model, self.schedule, *self.optimizers = self.accelerator.prepare(self.transformer, schedule, *self.optimizers)
 
-    Both are functions of the step, so a run that was interrupted goes on as if it had not been.
-    """
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    size = given.batch * given.accumulate * processes
-    orders = functools.cache(lambda epoch: torch.randperm(count, generator=torch.Generator().manual_seed(given.seed + epoch)).tolist())
-    rows = [orders(place // count)[place % count] for place in range(step * size + rank, (step + 1) * size, processes)]
-    own = torch.Generator().manual_seed((given.seed * 1_000_003 + step) * processes + rank)
-    return [rows[i : i + given.batch] for i in range(0, len(rows), given.batch)], own
+    def loss(self, rows: list[int], timesteps: Tensor, own: torch.Generator) -> Tensor:
+        """The diffusion loss of some images; timesteps `b` in the transformer's unit."""
+        dropped = torch.rand(len(rows), generator=own) < self.given.caption_dropout
+        clean, conditions = self.data.batch(rows, dropped.tolist(), own)
+        noise = torch.randn(clean.shape, generator=own)
+        noisy, target = self.objective.noisy_and_target(clean, noise, timesteps / self.calling.timestep_scale)
+        inputs = {STREAM: noisy.to(self.low), TIMESTEP: timesteps, **conditions}
+        device = self.accelerator.device
+        predicted = self.model(**{name: value.to(device) for name, value in inputs.items()}, **self.calling.constants)[0]
+        # A learned variance is left as it is: the further channels of PixArt's output.
+        return functional.mse_loss(predicted[:, : target.shape[1]].float(), target.to(device))
 
+    def rows(self, step: int) -> tuple[list[list[int]], torch.Generator]:
+        """Return the images of each micro-batch of a step, and the source of this process's randomness in it.
 
-def show(folder: Path, pictures: dict[str, Tensor], model: nn.Module, board: Any, step: int) -> None:
-    """Keep samples and ratios of a step: dense and routed side by side, the routed ones by themselves, and both on the board."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for index, image in enumerate(pictures["routed"]):
-        save_image(image, folder / f"{index}.png")
-    for name, figure in {"samples": draw_images(pictures), "ratios": draw_ratios(model)}.items():
-        figure.savefig(folder / f"{name}.png", dpi=120)
-        board.add_figure(name, figure, step)
+        Both are functions of the step, so a run that was interrupted goes on as if it had not been.
+        """
+        given, rank, processes, count = self.given, self.accelerator.process_index, self.accelerator.num_processes, len(self.data)
+        size = given.batch * given.accumulate * processes
+        order = functools.cache(lambda epoch: torch.randperm(count, generator=torch.Generator().manual_seed(given.seed + epoch)).tolist())
+        rows = [order(place // count)[place % count] for place in range((step - 1) * size + rank, step * size, processes)]
+        own = torch.Generator().manual_seed((given.seed * 1_000_003 + step) * processes + rank)
+        return [rows[i : i + given.batch] for i in range(0, len(rows), given.batch)], own
 
+    def train(self) -> None:
+        """Train from the newest checkpoint to the end."""
+        given, accelerator, checkpoints = self.given, self.accelerator, Checkpoints(self.accelerator, self.given.out / "checkpoints")
+        draw = lambda count, generator: self.objective.draw(count, generator) * self.calling.timestep_scale  # noqa: E731
+        done = checkpoints.resume()
+        with Progress(disable=not accelerator.is_main_process) as progress:
+            task = progress.add_task("fine-tuning", total=given.steps, completed=done)
+            for step in range(done + 1, given.steps + 1):
+                timesteps = dcs.RegionSampler(self.transformer, draw, seed=given.seed + step, rank=accelerator.process_index)
+                parts, own = self.rows(step)
+                for rows in parts:
+                    with accelerator.accumulate(self.model):
+                        loss = self.loss(rows, timesteps(len(rows)), own)
+                        accelerator.backward(loss)
+                        if accelerator.sync_gradients:
+                            accelerator.clip_grad_norm_(self.clipped, 1.0)
+                        for each in (*self.optimizers, self.schedule):
+                            each.step()
+                        for each in self.optimizers:
+                            each.zero_grad()
+                ratio = mean_ratio(self.transformer, dcs.ratio_table(self.transformer))
+                accelerator.log({"loss": loss.item(), "ratio": ratio}, step)
+                progress.update(task, advance=1, description=f"fine-tuning, loss {loss.item():.3f}, ratio {ratio:.3f}")
+                if step % given.checkpoint_every == 0:
+                    checkpoints.save(step)
+                if accelerator.is_main_process and (step % given.sample_every == 0 or step == given.steps):
+                    with self.text_encoders():
+                        self.show(step)
 
-def finish(folder: Path, pipe: DiffusionPipeline, lora: Any, given: argparse.Namespace, objective: Any) -> None:
-    """Write the adapter: routers and ratios, what was trained, and the model card that says how to load them."""
-    model = pipe.transformer
-    dcs.save_adapter(model, folder)
-    if lora is not None:
-        lora.save_pretrained(folder)
-    write_model_card(
-        folder,
-        model,
-        title=f"DiffCR for {Path(str(given.model)).name}",
-        about=f"Fine-tuned on {Path(given.data).name} at {given.size} x {given.size} pixels ({objective.name}).",
-        base=str(given.model),
-        trained=f"{'all weights' if lora is None else f'LoRA, rank {given.rank}'}; {given.steps} steps",
-        code=loading_code(str(given.model), lora is not None, call_arguments(pipe, given, given.guidance)),
-    )
-    if lora is None:
-        dcs.restore_(model).save_pretrained(folder / "transformer")
+    def sample(self) -> Tensor:
+        """Draw an image for each prompt through the pipeline, always from the same noise: `b 3 h w` in [0, 1]."""
+        given = self.given
+        self.pipe.transformer.eval()
+        noise = [torch.Generator().manual_seed(given.seed + i) for i in range(len(given.prompts))]
+        call = {"num_inference_steps": given.sample_steps, "generator": noise, "output_type": "pt", **self.call(given.guidance)}
+        images: Tensor = self.pipe(prompt=given.prompts, **call).images
+        self.pipe.transformer.train()
+        return images.float().cpu()
+
+    def show(self, step: int) -> None:
+        """Keep samples and ratios of a step: dense and routed side by side, the routed ones by themselves, and both on the board."""
+        folder = self.given.out / "samples" / f"step-{step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.pictures["routed"] = self.sample()
+        for index, image in enumerate(self.pictures["routed"]):
+            save_image(image, folder / f"{index}.png")
+        for name, figure in {"samples": draw_images(self.pictures), "ratios": draw_ratios(self.transformer)}.items():
+            figure.savefig(folder / f"{name}.png", dpi=120)
+            self.accelerator.get_tracker("tensorboard").writer.add_figure(name, figure, step)
+
+    def finish(self) -> None:
+        """Write the adapter: routers and ratios, what was trained, and the model card that says how to load them."""
+        self.accelerator.end_training()
+        if not self.accelerator.is_main_process:
+            return
+        given, folder = self.given, self.given.out / "adapter"
+        dcs.save_adapter(self.transformer, folder)
+        if not given.full:
+            self.lora.save_pretrained(folder)
+        write_model_card(
+            folder,
+            self.transformer,
+            title=f"DiffCR for {Path(given.model).name}",
+            about=f"Fine-tuned on {Path(given.data).name} at {given.size} x {given.size} pixels ({self.objective.name}).",
+            base=str(given.model),
+            trained=f"{'all weights' if given.full else f'LoRA, rank {given.rank}'}; {given.steps} steps",
+            code=loading_code(str(given.model), not given.full, self.call(given.guidance)),
+        )
+        executed = mean_ratio(self.transformer, self.transformer.diffcr.executed_ratios())
+        print(f"{folder}: mean ratio {executed:.3f} for {given.target_ratio:g}; README.md there says how to load it")
+        if given.full:
+            dcs.restore_(self.transformer).save_pretrained(folder / "transformer")
 
 
 def main() -> None:
-    given = arguments()
-    accelerator = Accelerator(
-        gradient_accumulation_steps=given.accumulate,
-        mixed_precision=given.mixed_precision,
-        log_with="tensorboard",
-        project_dir=given.out / "logs",
-    )
-    accelerator.init_trackers("text_to_image")
-    set_seed(given.seed)
-    if given.data is None:  # the smoke run alone has none
-        with accelerator.main_process_first():
-            given.model, given.data = (tiny_pixart(given.out / "model"), str(captioned_photographs(given.out / "data")))
-
-    # The pipeline, how it calls its transformer, and the data made ready. What is not trained is kept in the precision of the forward.
-    low = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[given.mixed_precision]
-    pipe = DiffusionPipeline.from_pretrained(given.model, torch_dtype=low).to(accelerator.device)
-    pipe.set_progress_bar_config(disable=True)
-    # Without classifier-free guidance, as training is; what FLUX was distilled to is an input like any other.
-    call = call_arguments(pipe, given, given.guidance if pipe.transformer.config.get("guidance_embeds") else 1.0)
-    calling, objective = read_calling(pipe, steps=given.sample_steps, **call), objective_of(pipe.scheduler)
-    rows = load_captioned(given.data, given.caption_column)
-    data = PreparedData(rows, given.caption_column, calling, given.cache or given.out / "cache", str(given.model), given.size)
-    data.make(pipe, accelerator, **call)
-    pictures = {"dense": sample(pipe, given)} if accelerator.is_main_process else {}
-    encoders = [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None]
-
-    # What is trained, then the conversion. What is trained is kept in single precision.
-    transformer = pipe.transformer.requires_grad_(given.full)
-    lora = None
-    if not given.full:
-        lora = get_peft_model(transformer, LoraConfig(r=given.rank, lora_alpha=given.rank, target_modules=given.lora_targets))
-    if given.checkpointing:
-        transformer.enable_gradient_checkpointing()
-    highest, unit = objective.highest * calling.timestep_scale, calling.timestep_scale
-    config = diffcr_config(given, timestep_range=(0.0, highest), region_weights=calling.visits(given.regions, highest))
-    plan = dcs.plan(transformer, calling.inputs, config)
-    accelerator.print(plan)
-    dcs.convert_(transformer, plan).train()
-    cast_training_params(transformer)
-
-    groups = dcs.parameter_groups(transformer, lr=given.lr, router_lr=given.router_lr, weight_decay=given.weight_decay)
-    optimizer = torch.optim.AdamW(groups)
-    schedule = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=given.warm_up * accelerator.num_processes)
-    steppers = [optimizer, schedule] if given.uniform else [optimizer, schedule, dcs.RatioOptimizer(transformer, total_steps=given.steps)]
-    model, *steppers = accelerator.prepare(transformer, *steppers)
-    clipped = [weight for group in groups for weight in group["params"]]
-    checkpoints = Checkpoints(accelerator, given.out / "checkpoints")
-    done = checkpoints.resume()
-
-    def draw(count: int, generator: torch.Generator) -> Tensor:
-        return objective.draw(count, generator) * unit
-
-    def loss_of(images: list[int], timesteps: Tensor, own: torch.Generator) -> Tensor:
-        """The diffusion loss of a micro-batch; timesteps `b` in the transformer's unit."""
-        clean, conditions = data.batch(images, (torch.rand(len(images), generator=own) < given.caption_dropout).tolist(), own)
-        noise = torch.randn(clean.shape, generator=own)
-        noisy, target = objective.noisy_and_target(clean, noise, timesteps / unit)
-        there = {STREAM: noisy.to(low), TIMESTEP: timesteps, **conditions}
-        predicted = model(**{name: value.to(accelerator.device) for name, value in there.items()}, **calling.constants)[0]
-        return functional.mse_loss(
-            predicted[:, : target.shape[1]].float(), target.to(accelerator.device)
-        )  # a learned variance is left alone
-
-    with Progress(disable=not accelerator.is_main_process) as progress:
-        task = progress.add_task("fine-tuning", total=given.steps, completed=done)
-        for step in range(done + 1, given.steps + 1):
-            parts, own = rows_of(step - 1, len(data), given, accelerator)
-            timesteps = dcs.RegionSampler(transformer, draw, seed=given.seed + step, rank=accelerator.process_index)
-            for images in parts:
-                with accelerator.accumulate(model):
-                    loss = loss_of(images, timesteps(len(images)), own)
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(clipped, 1.0)
-                    for each in steppers:
-                        each.step()
-                    for each in steppers:
-                        if isinstance(each, torch.optim.Optimizer):
-                            each.zero_grad()
-            accelerator.log({"loss": loss.item(), "ratio": mean_ratio(transformer, dcs.ratio_table(transformer))}, step)
-            progress.update(task, advance=1, description=f"fine-tuning, loss {loss.item():.3f}")
-            if step % given.checkpoint_every == 0:
-                checkpoints.save(step)
-            if accelerator.is_main_process and (step % given.sample_every == 0 or step == given.steps):
-                with moved(encoders, accelerator.device):
-                    pictures["routed"] = sample(pipe, given)
-                show(given.out / "samples" / f"step-{step}", pictures, transformer, accelerator.get_tracker("tensorboard").writer, step)
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        executed = mean_ratio(transformer, transformer.diffcr.executed_ratios())
-        finish(given.out / "adapter", pipe, lora, given, objective)
-        print(f"{given.out / 'adapter'}: mean ratio {executed:.3f} for {given.target_ratio:g}; README.md there says how to load it")
+    run = TextToImage(arguments())
+    run.prepare_data()
+    run.prepare_model()
+    run.train()
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from parts.tiny import captioned_photographs, tiny_pixart
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.pipelines import save_pipeline
+
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "text_to_image.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -142,6 +144,19 @@ def test_two_processes(trained: Path, given: list[str]) -> None:
     text = run(out, ["--smoke", "--prompts", *PROMPTS], "--batch", "2", launch=launch)  # on its own model and images
     assert text.count("mean ratio 0.200 for 0.2") == 1
     assert images(loaded(out / "adapter"))[0].shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline"])
+def test_other_pipelines_by_name_alone(name: str, given: list[str], tmp_path: Path) -> None:
+    model = save_pipeline(name, tmp_path / "model")
+    text = run(tmp_path / "out", [*given[2:], "--model", str(model)], "--steps", "3", "--sample-every", "3", "--checkpoint-every", "3")
+    assert "mean ratio 0.2" in text
+    assert "(flow matching)" in (tmp_path / "out" / "adapter" / "README.md").read_text(encoding="utf-8")
+    pipe = loaded(tmp_path / "out" / "adapter")
+    noise = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
+    drawn = pipe(list(PROMPTS), height=32, width=32, num_inference_steps=4, guidance_scale=4.5, generator=noise).images
+    for index, image in enumerate(drawn):
+        assert np.array_equal(np.asarray(image), np.asarray(Image.open(tmp_path / "out" / "samples" / "step-3" / f"{index}.png")))
 
 
 def test_a_wrong_setting_in_the_file_is_an_error_of_the_command_line(tmp_path: Path) -> None:

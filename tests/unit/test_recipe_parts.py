@@ -18,6 +18,8 @@ from parts.settings import add_diffcr_flags, diffcr_config, new_parser, read_arg
 from parts.tiny import captioned_photographs, tiny_pixart
 from torch import nn
 
+from tests.pipelines import save_pipeline
+
 CALL = {"height": 32, "width": 32, "guidance_scale": 1.0, "use_resolution_binning": False, "clean_caption": False}
 
 
@@ -44,6 +46,20 @@ class TestCalling:
         assert (calling.timestep_scale, calling.layout, calling.shift, calling.scale) == (1.0, None, 0.0, pipe.vae.config.scaling_factor)
         pipe.scheduler.set_timesteps(5)
         assert calling.timesteps == tuple(map(float, pipe.scheduler.timesteps)) and calling.visits(4, 1000.0) == (1.0, 1.0, 1.0, 2.0)
+
+    @pytest.mark.parametrize(
+        ("name", "conditions", "scale", "layout"),
+        [
+            ("StableDiffusion3Pipeline", {"encoder_hidden_states", "pooled_projections"}, 1.0, None),
+            ("FluxPipeline", {"encoder_hidden_states", "pooled_projections", "guidance"}, 1e-3, "b c (h p) (w q) -> b (h w) (c p q)"),
+        ],
+    )
+    def test_other_pipelines(self, name: str, conditions: set[str], scale: float, layout: str | None, tmp_path: Path) -> None:
+        pipe = DiffusionPipeline.from_pretrained(save_pipeline(name, tmp_path))
+        pipe.set_progress_bar_config(disable=True)
+        calling = read_calling(pipe, steps=4, height=32, width=32, guidance_scale=1.0)
+        assert set(calling.conditions) == conditions and calling.timestep_scale == pytest.approx(scale) and calling.layout == layout
+        assert (calling.shift, calling.scale) == (pipe.vae.config.shift_factor, pipe.vae.config.scaling_factor)
 
     def test_the_pipeline_is_left_as_it_was(self, pipe: Any) -> None:
         hooks = len(pipe.transformer._forward_hooks), len(pipe.transformer._forward_pre_hooks)

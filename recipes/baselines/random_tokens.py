@@ -1,0 +1,50 @@
+"""Random token dropping, to compare with: at every call another random share of the tokens bypasses a block.
+
+    python recipes/evaluate.py --demo demo-out --baseline dense random --ratio 0.3 --out out
+
+It is what routing would be if routers knew nothing and ratios were not learned: k = ⌈(1 - ratio) · n⌉ tokens of each sample run through the
+block, the rest leaves it as it entered. Nothing is trained. Where an argument that moves with the tokens is shared by the batch (FLUX's
+rotary tables), one choice is made for the whole batch, instead of running sample by sample.
+"""
+
+import torch
+from torch import Tensor, nn
+
+import diffcr_surgery as dcs
+from diffcr_surgery.axes import parse_axes
+from diffcr_surgery.bench import hooks
+from diffcr_surgery.tokens import gather_tokens, kept_count, scatter_tokens
+
+STREAM = "b n c"
+
+
+def choose(samples: int, tokens: int, kept: int, generator: torch.Generator) -> Tensor:
+    """Choose tokens of each sample, every set of them as likely as any other: indices ``b k`` in rising order, on the CPU."""
+    return torch.rand(samples, tokens, generator=generator).argsort(dim=1)[:, :kept].sort(dim=1).values
+
+
+class RandomTokens:
+    """Random tokens around the routed blocks of a plan, in the form that :func:`diffcr_surgery.bench.hooks.attach` takes."""
+
+    def __init__(self, plan: dcs.SurgeryPlan, ratio: float, seed: int) -> None:
+        self.tokens = plan.routed_sites[0].tokens
+        self.kept = kept_count(ratio, self.tokens)
+        self.generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a seed chooses alike on every device
+        patterns = {pattern for site in plan.routed_sites for pattern in site.aligned.values()}
+        self.shared = any("b" not in parse_axes(pattern).words for pattern in patterns)
+
+    def enter(self, site: object, stream: Tensor) -> Tensor:
+        chosen = choose(1 if self.shared else len(stream), self.tokens, self.kept, self.generator).to(stream.device)
+        self.chosen, self.whole = chosen.expand(len(stream), -1), stream
+        return gather_tokens(stream, self.chosen, STREAM, self.tokens)
+
+    def pick(self, argument: Tensor, pattern: str) -> Tensor:
+        return gather_tokens(argument, self.chosen[:1] if self.shared else self.chosen, pattern, self.tokens)
+
+    def leave(self, site: object, stream: Tensor) -> Tensor:
+        return scatter_tokens(self.whole, stream, self.chosen, STREAM)
+
+
+def attach(model: nn.Module, plan: dcs.SurgeryPlan, ratio: float, seed: int = 0) -> None:
+    """Have random tokens bypass the routed blocks of a model that is not converted."""
+    hooks.attach(model, plan, RandomTokens(plan, ratio, seed))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
 from torch import Tensor
 
 import diffcr_surgery as dcs
@@ -21,6 +20,7 @@ from tests.pipelines import CALLS, PIPELINES, save_pipeline
 REGIONS = 3
 each = pytest.mark.parametrize("name", PIPELINES)
 worded = pytest.mark.parametrize("name", [name for name in PIPELINES if "prompt" in CALLS[name]])
+WITHOUT_LORA = ("DiTPipeline", "PixArtSigmaPipeline")  # neither pipeline nor transformer loads LoRA by itself
 
 
 @pytest.fixture(scope="module")
@@ -47,38 +47,35 @@ def captured(pipe: Any, name: str) -> dict[str, Any]:
     return seen.inputs
 
 
-def config(name: str, **settings: Any) -> dcs.DiffCRConfig:
-    highest = 1.0 if name.startswith("Flux") else 1000.0
-    return dcs.DiffCRConfig(timestep_regions=REGIONS, timestep_range=(0.0, highest), **settings)
-
-
 def convert(pipe: Any, name: str) -> Any:
-    dcs.convert_(pipe.transformer, captured(pipe, name), config(name)).eval()
+    # The one step of DDIM is timestep 0, and no example at 0 says where the range ends.
+    timestep_range = (0.0, 1000.0) if name == "DiTPipeline" else "auto"
+    plan = dcs.plan(pipe.transformer, captured(pipe, name), dcs.DiffCRConfig(timestep_regions=REGIONS, timestep_range=timestep_range))
+    dcs.convert_(pipe.transformer, plan).eval()
     return pipe
 
 
 def route(pipe: Any) -> Any:
-    """Give a converted pipeline ratios that differ by block and region, and routers that decide."""
+    """Give a converted pipeline ratios that differ by block and region, the cleanest region dense, and routers that decide."""
     table = dcs.ratio_table(pipe.transformer)
     with torch.no_grad():
-        table.copy_(torch.tensor([0.5, 0.3, 0.2, 0.6])[: len(table), None] + torch.tensor([-0.1, 0.0, 0.1]))
+        table.copy_(torch.outer(torch.tensor([1.0, 0.6, 1.2, 0.8])[: len(table)], torch.tensor([0.0, 0.3, 0.5])))
         for router in pipe.transformer.diffcr.routers.parameters():
             router.copy_(torch.randn(router.shape, generator=torch.Generator().manual_seed(2)))
     return pipe
 
 
-@contextlib.contextmanager
-def fresh(folder: Path, name: str) -> Iterator[tuple[Any, Any]]:
+def both(folder: Path, name: str) -> tuple[Any, Any]:
     """A dense pipeline and a converted one, from the same files."""
-    yield load(folder), convert(load(folder), name)
+    return load(folder), convert(load(folder), name)
 
 
 @each
 def test_blocks_are_found_and_ratio_0_gives_the_same_images(name: str, folders: dict[str, Path]) -> None:
-    with fresh(folders[name], name) as (dense, converted):
-        plan = converted.transformer.diffcr.plan
-        assert len(plan.routed_sites) == len(plan.sites) >= 3
-        assert torch.equal(draw(converted, name), draw(dense, name))
+    dense, converted = both(folders[name], name)
+    plan = converted.transformer.diffcr.plan
+    assert len(plan.routed_sites) == len(plan.sites) >= 3
+    assert torch.equal(draw(converted, name), draw(dense, name))
 
 
 def variants(name: str) -> dict[str, dict[str, Any]]:
@@ -108,13 +105,13 @@ def variants(name: str) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize(("name", "way"), [(name, way) for name in PIPELINES for way in variants(name)])
 def test_every_way_of_calling(name: str, way: str, folders: dict[str, Path]) -> None:
     more = variants(name)[way]
-    with fresh(folders[name], name) as (dense, converted):
-        expected = draw(dense, name, **more)
-        assert torch.equal(draw(converted, name, **more), expected)
-        routed = draw(route(converted), name, **more)
-        assert routed.shape == expected.shape and routed.isfinite().all() and not torch.allclose(routed, expected, atol=1e-3)
-        dcs.specialize_(converted.transformer)
-        torch.testing.assert_close(draw(converted, name, **more), routed, rtol=1e-5, atol=1e-5)
+    dense, converted = both(folders[name], name)
+    expected = draw(dense, name, **more)
+    assert torch.equal(draw(converted, name, **more), expected)
+    routed = draw(route(converted), name, **more)
+    assert routed.shape == expected.shape and routed.isfinite().all() and not torch.allclose(routed, expected, atol=1e-3)
+    dcs.specialize_(converted.transformer)
+    torch.testing.assert_close(draw(converted, name, **more), routed, rtol=1e-5, atol=1e-5)
 
 
 @each
@@ -124,61 +121,127 @@ def test_saved_and_loaded_it_gives_the_same_images(name: str, folders: dict[str,
     dcs.save_adapter(converted.transformer, tmp_path / "adapter")
     converted.save_pretrained(tmp_path / "pipeline")
     # The files name diffusers' own classes, so whoever has them needs nothing of ours.
-    kind = type(load(folders[name]).transformer).__name__
+    dense = load(folders[name])
+    kind = type(dense.transformer).__name__
     assert json.loads((tmp_path / "pipeline" / "model_index.json").read_text())["transformer"] == ["diffusers", kind]
     assert json.loads((tmp_path / "pipeline" / "transformer" / "config.json").read_text())["_class_name"] == kind
+    with safe_open(tmp_path / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors", "pt") as weights:
+        assert {key for key in weights.keys() if not key.startswith("diffcr.")} == set(dense.transformer.state_dict())
     again = load(tmp_path / "pipeline")
-    assert torch.equal(draw(again, name), draw(load(folders[name]), name))
+    assert type(again.transformer) is type(dense.transformer)
+    assert torch.equal(draw(again, name), draw(dense, name))
     dcs.load_adapter_(again.transformer, tmp_path / "adapter", captured(again, name))
     assert torch.equal(draw(again, name), expected)
+    dcs.specialize_(again.transformer)
+    torch.testing.assert_close(draw(again, name), expected, rtol=1e-5, atol=1e-5)
 
 
-def lora_of(folder: Path, name: str) -> tuple[dict[str, Tensor], LoraConfig]:
-    """A random LoRA of a pipeline's transformer."""
-    transformer = load(folder).transformer
-    settings = LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
-    transformer.add_adapter(settings)
-    return get_peft_model_state_dict(transformer), settings
+def lora() -> LoraConfig:
+    """Weights drawn such that they change the images."""
+    torch.manual_seed(3)
+    return LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False)
 
 
-@pytest.mark.parametrize("name", [name for name in PIPELINES if name not in ("DiTPipeline", "PixArtSigmaPipeline")])  # these load no LoRA
+@pytest.mark.parametrize("name", [name for name in PIPELINES if name not in WITHOUT_LORA])
 def test_lora_is_loaded_and_unloaded_in_between(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    weights, _ = lora_of(folders[name], name)
+    trained = convert(load(folders[name]), name)
+    trained.transformer.add_adapter(lora())
+    trained.save_lora_weights(tmp_path, transformer_lora_layers=get_peft_model_state_dict(trained.transformer))
+
     converted = route(convert(load(folders[name]), name))
     without = draw(converted, name)
-    type(converted).save_lora_weights(tmp_path, transformer_lora_layers=weights)
     converted.load_lora_weights(tmp_path)
     with_lora = draw(converted, name)
     assert not torch.allclose(with_lora, without, atol=1e-3)
     converted.unload_lora_weights()
     assert torch.equal(draw(converted, name), without)
+
     before = load(folders[name])
     before.load_lora_weights(tmp_path)
     assert torch.equal(draw(route(convert(before, name)), name), with_lora)
 
+    dcs.specialize_(converted.transformer)
+    fast = draw(converted, name)
+    converted.load_lora_weights(tmp_path)
+    torch.testing.assert_close(draw(converted, name), with_lora, rtol=1e-5, atol=1e-5)
+    converted.unload_lora_weights()
+    assert torch.equal(draw(converted, name), fast)
+
+
+@pytest.mark.parametrize("name", WITHOUT_LORA)
+def test_lora_wrapped_around_the_transformer_and_taken_off(name: str, folders: dict[str, Path]) -> None:
+    converted = route(convert(load(folders[name]), name))
+    without = draw(converted, name)
+    converted.transformer = get_peft_model(converted.transformer, lora()).eval()
+    with_lora = draw(converted, name)
+    assert with_lora.isfinite().all() and not torch.allclose(with_lora, without, atol=1e-3)
+    converted.transformer = converted.transformer.unload()
+    # peft has frozen the routers with all else, and torch may multiply by a frozen weight in another order, even without gradients.
+    converted.transformer.diffcr.requires_grad_(True)
+    assert torch.equal(draw(converted, name), without)
+
 
 @worded
-def test_callbacks_see_every_step(name: str, folders: dict[str, Path]) -> None:
+def test_callbacks_see_every_step_and_change_its_latents(name: str, folders: dict[str, Path]) -> None:
     steps: list[int] = []
 
-    def note(*args: Any) -> Any:
-        steps.append(args[-3] if name == "PixArtSigmaPipeline" else args[1])
-        return args[-1] if isinstance(args[-1], dict) else None
+    def shrink(*call: Any) -> dict[str, Tensor]:
+        *_, step, _, given = call
+        steps.append(step)
+        (given["latents"] if isinstance(given, dict) else given).mul_(0.9)
+        return {}
 
-    how = "callback" if name == "PixArtSigmaPipeline" else "callback_on_step_end"
-    draw(route(convert(load(folders[name]), name)), name, **{how: note})
-    assert steps == [0, 1, 2]
+    more = {"callback" if name == "PixArtSigmaPipeline" else "callback_on_step_end": shrink}
+    dense, converted = both(folders[name], name)
+    changed = draw(dense, name, **more)
+    assert not torch.equal(changed, draw(dense, name))
+    assert torch.equal(draw(converted, name, **more), changed)
+    routed = draw(route(converted), name, **more)
+    dcs.specialize_(converted.transformer)
+    torch.testing.assert_close(draw(converted, name, **more), routed, rtol=1e-5, atol=1e-5)
+    assert steps == [0, 1, 2] * 4
+
+
+@pytest.mark.parametrize("when", ["loaded in it", "moved to it"])
+@each
+def test_half_precision(name: str, when: str, folders: dict[str, Path]) -> None:
+    if when == "loaded in it":
+        pipe = convert(load(folders[name], torch_dtype=torch.bfloat16), name)
+    else:
+        pipe = convert(load(folders[name]), name).to(torch.bfloat16)
+    assert dcs.ratio_table(pipe.transformer).dtype == torch.float32
+    more = {key: value.to(torch.bfloat16) for key, value in CALLS[name].items() if isinstance(value, Tensor)}
+    dense = draw(pipe, name, **more)
+    routed = draw(route(pipe), name, **more)
+    assert routed.isfinite().all() and not torch.allclose(routed, dense, atol=1e-2)
+    dcs.specialize_(pipe.transformer)
+    torch.testing.assert_close(draw(pipe, name, **more), routed, rtol=1e-2, atol=1e-2)
 
 
 @each
-def test_half_precision(name: str, folders: dict[str, Path]) -> None:
-    pipe = route(convert(load(folders[name], torch_dtype=torch.bfloat16), name))
-    assert {parameter.dtype for parameter in pipe.transformer.diffcr.routers.parameters()} <= {torch.bfloat16, torch.float32}
-    more = {key: value.to(torch.bfloat16) for key, value in CALLS[name].items() if isinstance(value, Tensor)}
-    routed = draw(pipe, name, **more)
-    assert routed.isfinite().all()
-    dcs.specialize_(pipe.transformer)
-    torch.testing.assert_close(draw(pipe, name, **more), routed, rtol=1e-2, atol=1e-2)
+def test_vae_slicing(name: str, folders: dict[str, Path]) -> None:
+    pipe = route(convert(load(folders[name]), name))
+    more = {"class_labels": [3, 7]} if name == "DiTPipeline" else {"prompt": ["a red fox", "a cat"]}
+    whole = draw(pipe, name, **more)
+    pipe.vae.enable_slicing()
+    torch.testing.assert_close(draw(pipe, name, **more), whole, rtol=1e-5, atol=1e-5)
+
+
+@each
+def test_gradient_checkpointing(name: str, folders: dict[str, Path]) -> None:
+    pipe = load(folders[name])
+    inputs = captured(pipe, name)
+    model = route(convert(pipe, name)).transformer.train()
+    gradients = []
+    for checkpointed in (False, True):
+        (model.enable_gradient_checkpointing if checkpointed else model.disable_gradient_checkpointing)()
+        model.zero_grad()
+        torch.manual_seed(4)  # DiT drops class labels in training
+        model(**{**inputs, "return_dict": False})[0].square().mean().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None})
+    plain, recomputed = gradients
+    assert plain.keys() == recomputed.keys() and {"diffcr.ratio_table", "diffcr.routers.0.weight"} < plain.keys()
+    torch.testing.assert_close(recomputed, plain)
 
 
 @each

@@ -1,20 +1,13 @@
 """Token merging, the baseline that the bench compares with: what is averaged, what is copied, what stays."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
+from baselines import token_merging as merging
 from torch import Tensor, nn
 
 import diffcr_surgery as dcs
 from diffcr_surgery.bench.hooks import Shortening
 from diffcr_surgery.tokens import kept_count
-
-PATH = Path(__file__).parents[2] / "recipes" / "baselines" / "token_merging.py"
-spec = importlib.util.spec_from_file_location("token_merging", PATH)
-merging = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(merging)
 
 SIDE = 6
 TOKENS = SIDE**2

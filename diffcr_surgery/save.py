@@ -148,7 +148,7 @@ def load_adapter_(model: torch.nn.Module, directory: str | os.PathLike[str], exa
     settings = _read_settings(folder)
     config = _read_config(folder, settings)
     tensors = _read_tensors(folder)
-    if settings["model_class"] != f"{type(model).__module__}.{type(model).__qualname__}":
+    if not _same_class(settings["model_class"], type(model)):
         raise AdapterError(
             f"The adapter in {folder} was trained on a {settings['model_class']}; this is a "
             f"{type(model).__module__}.{type(model).__qualname__}. Load it into a model of that class."
@@ -188,6 +188,12 @@ def _fill(model: torch.nn.Module, tensors: dict[str, torch.Tensor], folder: Path
     if bool(((table < 0) | (table > limit + 1e-6)).any()):
         raise AdapterError(f"{folder / TENSORS}: ratio_table holds ratios outside [0, {limit:g}]; the file is damaged. Save it anew.")
     state.load_state_dict(tensors)
+
+
+def _same_class(saved: str, given: type) -> bool:
+    """Tell whether a class has the name that was saved. One defined in the script that is run has no module of its own: `__main__`."""
+    module, _, name = saved.rpartition(f".{given.__qualname__}")
+    return not name and (module == given.__module__ or "__main__" in (module, given.__module__))
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

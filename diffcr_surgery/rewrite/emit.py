@@ -142,6 +142,10 @@ def emit_site(
         return emitter.branch(decision.lower)
     table = graph.get_attr("diffcr.ratio_table")
     weight = _named(graph, f"weight_{call.index}", ops.blend_weight, (table, call.index, shared.region, decision.lower, decision.upper))
+    if call.kept(decision.lower) == call.kept(decision.upper):  # so short a stream that both ratios keep the same tokens
+        results = emitter.branch(decision.lower)
+        results[call.output] = graph.call_function(ops.with_zero_gradients, (results[call.output], weight, emitter.scores()))
+        return results
     if call.branches == "boundary":
         return emitter.branch(decision.lower, (decision.upper, weight))
     lower, upper = emitter.branch(decision.lower), emitter.branch(decision.upper, second=True)
@@ -234,8 +238,6 @@ class _Site:
         """
         call, graph = self.call, self.graph
         count = call.kept(ratio)
-        if toward is not None and call.kept(toward[0]) == count:
-            toward = None  # so short a stream that both ratios keep the same tokens
         if count == call.tokens:
             return self._whole(toward, second)
         if ratio == 1.0 and not self.blended and not call.staying and self.items in ([], [call.output]):

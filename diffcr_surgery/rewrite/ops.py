@@ -28,6 +28,7 @@ __all__ = [
     "named_item",
     "per_sample_without_random_trace",
     "take_factors",
+    "with_zero_gradients",
     "without_random_trace",
 ]
 
@@ -120,6 +121,19 @@ def gate_update(tokens: Tensor, processed: Tensor, factor: Tensor, pattern: str)
         shape[axes.batch] = factor.shape[0]
         factor = factor if axes.batch < axis else factor.T
     return torch.lerp(tokens.to(processed.dtype), processed, factor.reshape(shape).to(processed.dtype))
+
+
+def with_zero_gradients(output: Tensor, weight: Tensor, scores: Tensor) -> Tensor:
+    """Return the output as it is, with a gradient of zero for ratio and router, which had no say in it.
+
+    With none at all they would be left out of the backward, and processes that average gradients would wait for them.
+
+    Args:
+        output: Of a block, any shape.
+        weight: Blend weights, ``b`` or one.
+        scores: ``b n``.
+    """
+    return output + 0.0 * (weight.sum() + scores.sum()).to(output.dtype)
 
 
 def blend_weight(table: Tensor, site: int, region: Tensor, lower: float, upper: float) -> Tensor:

@@ -118,3 +118,26 @@ def test_a_folder_that_cannot_be_written_keeps_its_adapter(
             dcs.save_adapter(new, tmp_path)
     assert loads_as(tmp_path, old)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["diffcr.json", "diffcr.safetensors"]
+
+
+def test_a_class_of_the_script_that_trained_is_known_again_where_it_is_imported(
+    original: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = copy.deepcopy(original)
+    with monkeypatch.context() as patch:
+        patch.setattr(Denoiser, "__module__", "__main__")
+        dcs.save_adapter(dcs.convert_(Denoiser(), inputs(100.0, 900.0), model.diffcr.config), tmp_path)
+    loaded = dcs.load_adapter_(Denoiser(), tmp_path, inputs(100.0, 900.0))
+    assert len(dcs.ratio_table(loaded)) == len(dcs.ratio_table(model))
+
+    class Another(Denoiser):
+        pass
+
+    with pytest.raises(
+        AdapterError, match=r"was trained on a __main__\.Denoiser; this is a .*Another\. Load it into a model of that class"
+    ):
+        dcs.load_adapter_(Another(), tmp_path, inputs(100.0, 900.0))
+    dcs.save_adapter(model, tmp_path / "elsewhere")
+    monkeypatch.setattr(Denoiser, "__module__", "elsewhere")
+    with pytest.raises(AdapterError, match=r"this is a elsewhere\.Denoiser"):
+        dcs.load_adapter_(Denoiser(), tmp_path / "elsewhere", inputs(100.0, 900.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -56,6 +57,22 @@ def test_under_autocast_ratio_zero_is_the_original_bit_for_bit(name: str, branch
         got, ours = gradients(*prepared(name, 0.0, branches=branches))
     assert torch.equal(got, wanted) and got.dtype == wanted.dtype
     assert all(torch.equal(ours[key], gradient) for key, gradient in theirs.items())
+
+
+@each_way
+@pytest.mark.parametrize("tokens", [4, 5])  # of 4, the bins 0 and 0.1 keep all; of 5, the bins 0.2 and 0.3 keep four
+def test_where_two_bins_keep_the_same_tokens_nothing_is_left_without_a_gradient(branches: str, tokens: int) -> None:
+    """Processes that average gradients wait for each other: a parameter that is in the graph of one step has to be in that of the next."""
+    block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True, dropout=0.0)
+    model = nn.Sequential(block, copy.deepcopy(block)).train()
+    stream = torch.randn(2, tokens, 8)
+    plain = model(stream)
+    dcs.convert_(model, (stream,), dcs.DiffCRConfig(branches=branches, initial_ratio=0.0 if tokens == 4 else 0.25))
+    found = model(stream)
+    found.square().mean().backward()
+    assert torch.equal(found, plain) == (tokens == 4)
+    assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not dcs.ratio_table(model).grad.any()  # a little more ratio changes nothing
 
 
 @each_case

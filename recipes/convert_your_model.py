@@ -4,8 +4,8 @@
     python recipes/convert_your_model.py --smoke --out out    # under a minute on one core: shows the way, proves nothing
 
 A DiT written on timm's layers learns scikit-learn's digits in a plain loop of PyTorch. It is then trained on twice from there, on the same
-images: as it is, and with DiffCR. What you would add to your own code are the five lines marked `# DiffCR`, and an import. Where a marked
-line takes the place of another, that one stands behind it; put it back, take out the rest, and what is left is the dense script.
+images: as it is, and with DiffCR. What you would add to your own code are the five lines marked `# DiffCR`, and an import. The one that
+takes the place of another stands below it; put that back, take out the rest, and what is left is a dense script.
 
 OUT holds `adapter` (routers and ratios), `model.safetensors` (the weights they were trained with) and `results.json`.
 """

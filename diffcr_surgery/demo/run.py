@@ -24,7 +24,7 @@ from diffcr_surgery.demo.progress import Stages
 from diffcr_surgery.demo.report import DENSE, ROUTED, UNIFORM, Outcome, build_report, results_table, verdict
 from diffcr_surgery.demo.training import Schedule, train
 
-__all__ = ["FULL", "QUICK", "Settings", "new_denoiser", "run_demo"]
+__all__ = ["FULL", "QUICK", "Demo", "Settings", "new_denoiser", "run_demo"]
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,7 @@ class Demo:
         """Train the dense denoiser on for as long as the others are fine-tuned: the fair yardstick."""
         model = copy.deepcopy(base)
         self.finetune(DENSE, model)
+        save_file(model.state_dict(), self.out / "dense.safetensors")
         nothing = torch.zeros(len(model.blocks), 1)
         return Candidate(model, nothing, nothing)
 
@@ -138,6 +139,7 @@ class Demo:
         config = dcs.DiffCRConfig(target_ratio=ratio, initial_ratio=ratio, learn_ratios=False)
         model = self.convert(base, config)
         self.finetune(UNIFORM, model)
+        self.save(model, "uniform", "uniform.safetensors")
         return self.specialized(model)
 
     def routed(self, base: DiT) -> Candidate:
@@ -148,16 +150,17 @@ class Demo:
         )
         model = self.convert(base, config)
         self.finetune(ROUTED, model, dcs.RatioOptimizer(model, total_steps=self.settings.finetune_steps))
-
-        dcs.save_adapter(model, self.out / "adapter")
-        # The adapter is routers and ratios alone; the weights it belongs to were fine-tuned in full.
-        weights = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("diffcr.")}
-        save_file(weights, self.out / "denoiser.safetensors")
+        self.save(model, "adapter", "denoiser.safetensors")
         learned, executed = ratios_of(model)
         draw_ratios(self.out / "ratios.png", learned, executed)
         image, label = self.held_out.images[:1], self.held_out.labels[:1]
         draw_routing(self.out / "routing.png", model, image, label, regions, self.seed)
         return self.specialized(model)
+
+    def save(self, model: DiT, adapter: str, weights: str) -> None:
+        """Keep an adapter, which is routers and ratios alone, and the weights it belongs to, which were fine-tuned in full."""
+        dcs.save_adapter(model, self.out / adapter)
+        save_file({k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith("diffcr.")}, self.out / weights)
 
     def convert(self, base: DiT, config: dcs.DiffCRConfig) -> DiT:
         """Return a converted copy of the dense denoiser."""

@@ -1,20 +1,13 @@
 """Random token dropping, a baseline of the evaluation: how many tokens run, which, and that the rest leaves as it came."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
+from baselines import random_tokens as dropping
 from torch import Tensor, nn
 
 import diffcr_surgery as dcs
 from diffcr_surgery.bench.hooks import Shortening
 from diffcr_surgery.tokens import kept_count
-
-PATH = Path(__file__).parents[2] / "recipes" / "baselines" / "random_tokens.py"
-spec = importlib.util.spec_from_file_location("random_tokens", PATH)
-dropping = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(dropping)
 
 TOKENS = 10
 

@@ -25,7 +25,7 @@ def draw_images(columns: Mapping[str, Tensor], size: float = 1.3) -> Figure:
     for column, (title, images) in enumerate(columns.items()):
         grid[0, column].set_title(title, fontsize=9)
         for row, image in enumerate(images.detach().float().cpu().clamp(0, 1)):
-            grid[row, column].imshow(rearrange(image, "c h w -> h w c"), cmap="gray", vmin=0, vmax=1)
+            grid[row, column].imshow(rearrange(image, "c h w -> h w c").numpy(), cmap="gray", vmin=0, vmax=1)
             grid[row, column].set_axis_off()
     return figure
 
@@ -37,7 +37,7 @@ def draw_ratios(model: Any) -> Figure:
     blocks, regions = table.shape
     figure = Figure(figsize=(0.5 * regions + 3.4, 0.22 * blocks + 1.3), layout="constrained")
     axes = figure.subplots()
-    heat = axes.imshow(table, cmap="viridis", vmin=0, vmax=0.9, aspect="auto")
+    heat = axes.imshow(table.numpy(), cmap="viridis", vmin=0, vmax=0.9, aspect="auto")
     axes.set_yticks(range(blocks), [site.path for site in plan.routed_sites], fontsize=7)
     axes.set_xticks([0, regions - 1] if regions > 1 else [0], ["noisy", "clean"] if regions > 1 else ["all timesteps"])
     axes.set_title(f"Share of tokens that bypass, mean {table.mean():.3f}", fontsize=9)

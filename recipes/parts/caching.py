@@ -78,9 +78,9 @@ class PreparedData:
         """Make what is missing, every process its share; all of them return when all of it is there."""
 
         def mine(title: str, files: Iterable[Any], path: Callable[[Any], Path]) -> Iterable[Any]:
-            missing = [each for each in files if not path(each).exists()]
-            share = missing[accelerator.process_index :: accelerator.num_processes]
-            return track(share, title, disable=not accelerator.is_main_process or not share)
+            share = list(files)[accelerator.process_index :: accelerator.num_processes]  # before looking: the others are at work
+            missing = [each for each in share if not path(each).exists()]
+            return track(missing, title, disable=not accelerator.is_main_process or not missing)
 
         for caption in mine("encoding captions", self._conditions, self._conditions.__getitem__):
             found = encode_captions(pipe, [caption], **call)

@@ -1,4 +1,4 @@
-"""What images are judged by: FID and KID over any feature network, CLIP score, and PSNR inside a mask.
+"""What images are judged by: FID and KID over any feature network, and CLIP score.
 
 Images are `b c h w` in [0, 1] throughout, c 1 or 3.
 
@@ -26,7 +26,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from torchvision.transforms import v2
 from transformers import AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
 
-__all__ = ["ClipScore", "Distances", "SmallClassifier", "distances", "feature_network", "features_of", "masked_psnr", "train_classifier"]
+__all__ = ["ClipScore", "Distances", "SmallClassifier", "distances", "feature_network", "features_of", "train_classifier"]
 
 CLIP_MEAN, CLIP_STD = timm.data.constants.OPENAI_CLIP_MEAN, timm.data.constants.OPENAI_CLIP_STD
 KID_SUBSETS, KID_SUBSET = 100, 1000
@@ -220,21 +220,3 @@ class ClipScore:
         words = self._tokenizer(list(captions), padding=True, truncation=True, max_length=self._longest, return_tensors="pt")
         found = self._clip(**words.to(images.device), pixel_values=self._prepare(images))
         return 100 * functional.cosine_similarity(found.image_embeds, found.text_embeds).clamp_min(0)
-
-
-def masked_psnr(images: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
-    """Return the peak signal-to-noise ratio of each image inside its mask, in dB, `b`.
-
-    Args:
-        images: `b c h w`.
-        reference: What they should be, `b c h w`.
-        mask: 1 where they are compared, `b 1 h w`.
-
-    Raises:
-        ValueError: If a mask is empty.
-    """
-    area = mask.sum(dim=(1, 2, 3)) * images.shape[1]
-    if not bool((area > 0).all()):
-        raise ValueError("A mask is empty: there is nothing to compare inside it")
-    error = ((images - reference).square() * mask).sum(dim=(1, 2, 3)) / area
-    return -10 * error.log10()

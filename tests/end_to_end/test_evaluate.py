@@ -20,7 +20,7 @@ import torchvision
 from diffusers import DiffusionPipeline
 from matplotlib.image import imread
 from parts.evaluating import Pipeline
-from parts.metrics import ClipScore, distances, feature_network, masked_psnr, train_classifier
+from parts.metrics import ClipScore, distances, feature_network, train_classifier
 from parts.tiny import captioned_photographs
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from PIL import Image
@@ -326,14 +326,3 @@ def test_the_clip_score_is_that_of_the_model_behind_its_own_processor(sign: floa
         expected = 100 * model(**given).logits_per_image.diagonal() / model.logit_scale.exp()
     assert bool((expected * sign < 0).all()) and len(expected.round().unique()) > 3
     torch.testing.assert_close(found, expected.clamp_min(0), rtol=0, atol=1e-2)
-
-
-def test_psnr_counts_only_what_the_mask_shows() -> None:
-    reference = torch.rand(2, 3, 8, 8)
-    mask = torch.zeros(2, 1, 8, 8)
-    mask[0, :, :4], mask[1, :, :, 2:3] = 1, 1
-    images = torch.rand(2, 3, 8, 8)  # outside the mask anything may be
-    images = torch.where(mask.bool(), reference + torch.tensor([0.1, 0.01])[:, None, None, None], images)
-    assert masked_psnr(images, reference, mask).tolist() == pytest.approx([20, 40], abs=1e-2)
-    with pytest.raises(ValueError, match="A mask is empty"):
-        masked_psnr(images, reference, torch.zeros(2, 1, 8, 8))

@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepSchedu
 from parts.caching import PreparedData, load_captioned
 from parts.calling import UnsupportedPipeline, encode_captions, read_calling
 from parts.checkpoints import Checkpoints
+from parts.inpainting_measure import masked_psnr
 from parts.objectives import FlowMatching, NoisePrediction, objective_of
 from parts.settings import add_diffcr_flags, diffcr_config, new_parser, read_arguments
 from parts.tiny import captioned_photographs, tiny_pixart
@@ -181,3 +182,14 @@ def test_checkpoints_keep_the_newest_and_only_what_is_trained(tmp_path: Path) ->
     assert checkpoints.resume() == 6 and torch.equal(model[1].weight, kept)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-4", "step-6"]
     assert (tmp_path / "step-6" / "trained.safetensors").stat().st_size < 300 and not list(tmp_path.rglob("model*.safetensors"))
+
+
+def test_psnr_counts_only_what_the_mask_shows() -> None:
+    reference = torch.rand(2, 3, 8, 8)  # of images in [-1, 1], whose peak is 2
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[0, :, :4], mask[1, :, :, 2:3] = 1, 1
+    images = torch.rand(2, 3, 8, 8)  # outside the mask anything may be
+    images = torch.where(mask.bool(), reference + torch.tensor([0.2, 0.02])[:, None, None, None], images)
+    assert masked_psnr(images, reference, mask).tolist() == pytest.approx([20, 40], abs=1e-2)
+    with pytest.raises(ValueError, match="A mask is empty"):
+        masked_psnr(images, reference, torch.zeros(2, 1, 8, 8))

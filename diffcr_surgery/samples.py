@@ -78,8 +78,8 @@ def find_splitting(model: nn.Module, forward: Callable[..., Any], call: Call, ba
 
         whole = run(call, call.tensors)
         # Models round by themselves, too (Kandinsky 5 to bfloat16); a wrong cut is no matter of rounding.
-        dtypes = {t.dtype for t in (*model.parameters(), *flatten(whole)[1]) if t.is_floating_point()}
-        limit = max(1e-2, *map(tolerance, dtypes))
+        of_each_dtype = {t.dtype: t for t in (*model.parameters(), *flatten(whole)[1]) if t.is_floating_point()}
+        limit = max(1e-2, *map(tolerance, of_each_dtype.values()))
         tried = _tried(run, call, whole, batch, shared, limit)
         if not tried.refusal:
             return tried

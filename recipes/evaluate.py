@@ -1,6 +1,7 @@
-"""Compare adapters and baselines of one model: FID, KID, CLIP score, FLOPs, latency and memory, in one table.
+r"""Compare adapters and baselines of one model: FID, KID, CLIP score, FLOPs, latency and memory, in one table.
 
-    python recipes/evaluate.py --model PixArt-alpha/PixArt-Sigma-XL-2-512-MS --data coco --adapter DiffCR=run/adapter --out out
+    python recipes/evaluate.py --model PixArt-alpha/PixArt-Sigma-XL-2-512-MS --data coco --adapter DiffCR=run/adapter \
+        --features inception:inception_v3.pth --out out
     python recipes/evaluate.py --demo demo-out --baseline dense token_merging random --out out
     python recipes/evaluate.py --smoke --out out    # under a minute on one core: shows the way, proves nothing
 
@@ -84,9 +85,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="how often each call is timed (default: %(default)s)")
     parser.add_argument(
         "--features",
-        default="digits",
         help="what FID and KID look with: inception:PATH (torchvision's weights), clip:DIR, timm:NAME[:PATH], or digits, a small "
-        "classifier trained on the real images (default: %(default)s)",
+        "classifier trained on the real images and their classes (default: of the demo, digits)",
     )
     parser.add_argument("--clip-score", type=Path, metavar="DIR", help="folder of a CLIP of transformers; adds the score of captions")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
@@ -102,6 +102,9 @@ def arguments() -> argparse.Namespace:
         parser.error("nothing to compare: give --adapter or --baseline")
     if wrong := [entry for entry in given.adapter if "=" not in entry]:
         parser.error(f"--adapter {wrong[0]}: expected NAME=DIR, such as DiffCR=out/adapter")
+    if given.model and not given.features:
+        parser.error("--features is missing: what FID and KID look with, such as inception:PATH")
+    given.features = given.features or "digits"
     if given.samples < 4:
         parser.error(f"--samples {given.samples}: expected at least 4, and thousands to mean anything")
     return given

@@ -13,7 +13,9 @@ OUT holds `adapter` (routers and ratios, LoRA or all weights, and a model card t
 """
 
 import argparse
+import copy
 import functools
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,7 +64,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=float, default=1e-2, help="of the weights or of LoRA")
     parser.add_argument("--warm-up", type=int, default=100, help="steps until the learning rate is reached")
     parser.add_argument("--caption-dropout", type=float, default=0.1, help="share of images trained without caption, for guidance")
-    parser.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), default="no", help="precision of the forward")
+    parser.add_argument("--mixed-precision", choices=("no", "bf16"), default="no", help="precision of the forward")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward, to save memory")
     parser.add_argument("--checkpoint-every", type=int, default=500, help="steps between two checkpoints")
     parser.add_argument("--sample-every", type=int, default=500, help="steps between two grids of samples")
@@ -97,10 +99,11 @@ class TextToImage:
         if given.data is None:  # the smoke run has none
             given.model, given.data = given.out / "model", given.out / "data"
             if self.accelerator.is_main_process:
-                tiny_pixart(given.model), captioned_photographs(given.data)
+                tiny_pixart(given.model)
+                captioned_photographs(given.data)
             self.accelerator.wait_for_everyone()
         # What is not trained is kept in the precision of the forward.
-        self.low = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}[given.mixed_precision]
+        self.low = {"bf16": torch.bfloat16, "no": torch.float32}[given.mixed_precision]
         self.pipe = DiffusionPipeline.from_pretrained(given.model, torch_dtype=self.low).to(self.accelerator.device)
         self.pipe.set_progress_bar_config(disable=True)
         self.objective = objective_of(self.pipe.scheduler)
@@ -112,9 +115,11 @@ class TextToImage:
         encoders = [part for name, part in self.pipe.components.items() if name.startswith("text_encoder") and part is not None]
         for encoder in encoders:
             encoder.to(self.accelerator.device)
-        yield
-        for encoder in encoders:
-            encoder.to("cpu")
+        try:
+            yield
+        finally:
+            for encoder in encoders:
+                encoder.to("cpu")
 
     def call(self, guidance: float) -> dict[str, Any]:
         """Arguments of the pipeline besides prompt and steps."""
@@ -136,7 +141,8 @@ class TextToImage:
         with self.text_encoders():
             self.calling = read_calling(self.pipe, steps=given.sample_steps, **call)
             cache = given.cache or given.out / "cache"
-            self.data = PreparedData(rows, given.caption_column, self.calling, cache, str(given.model), given.size)
+            key = f"{given.model} {self.low} {sorted(call.items())}"
+            self.data = PreparedData(rows, given.caption_column, self.calling, cache, key, given.size)
             self.data.make(self.pipe, self.accelerator, **call)
             if self.accelerator.is_main_process:
                 self.pictures["dense"] = self.sample()
@@ -188,7 +194,7 @@ class TextToImage:
         size = given.batch * given.accumulate * processes
         order = functools.cache(lambda epoch: torch.randperm(count, generator=torch.Generator().manual_seed(given.seed + epoch)).tolist())
         rows = [order(place // count)[place % count] for place in range((step - 1) * size + rank, step * size, processes)]
-        own = torch.Generator().manual_seed((given.seed * 1_000_003 + step) * processes + rank)
+        own = torch.Generator().manual_seed(10**12 + (given.seed * 1_000_003 + step) * processes + rank)  # far from the seeds of regions
         return [rows[i : i + given.batch] for i in range(0, len(rows), given.batch)], own
 
     def train(self) -> None:
@@ -214,7 +220,7 @@ class TextToImage:
                 ratio = mean_ratio(self.transformer, dcs.ratio_table(self.transformer))
                 accelerator.log({"loss": loss.item(), "ratio": ratio}, step)
                 progress.update(task, advance=1, description=f"fine-tuning, loss {loss.item():.3f}, ratio {ratio:.3f}")
-                if step % given.checkpoint_every == 0:
+                if step % given.checkpoint_every == 0 or step == given.steps:
                     checkpoints.save(step)
                 if accelerator.is_main_process and (step % given.sample_every == 0 or step == given.steps):
                     with self.text_encoders():
@@ -222,12 +228,14 @@ class TextToImage:
 
     def sample(self) -> Tensor:
         """Draw an image for each prompt through the pipeline, always from the same noise: `b 3 h w` in [0, 1]."""
-        given = self.given
-        self.pipe.transformer.eval()
+        given, transformer = self.given, self.pipe.transformer.eval()
+        # In training its outputs are in single precision, which the rest of the pipeline does not expect.
+        cast = transformer.register_forward_hook(lambda module, args, output: (output[0].to(self.low), *output[1:]))
         noise = [torch.Generator().manual_seed(given.seed + i) for i in range(len(given.prompts))]
         call = {"num_inference_steps": given.sample_steps, "generator": noise, "output_type": "pt", **self.call(given.guidance)}
         images: Tensor = self.pipe(prompt=given.prompts, **call).images
-        self.pipe.transformer.train()
+        cast.remove()
+        transformer.train()
         return images.float().cpu()
 
     def show(self, step: int) -> None:
@@ -243,12 +251,25 @@ class TextToImage:
 
     def finish(self) -> None:
         """Write the adapter: routers and ratios, what was trained, and the model card that says how to load them."""
+        final = self.given.out / "adapter"
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # the transformer's own forward again
+        if self.accelerator.is_main_process:
+            shutil.rmtree(final, ignore_errors=True)
+        with dcs.atomic_folder(final) as folder:
+            if self.accelerator.is_main_process:
+                self.write(folder)
+        if self.accelerator.is_main_process:
+            executed = mean_ratio(self.transformer, self.transformer.diffcr.executed_ratios())
+            print(f"{final}: mean ratio {executed:.3f} for {self.given.target_ratio:g}; README.md there says how to load it")
         self.accelerator.end_training()
-        if not self.accelerator.is_main_process:
-            return
-        given, folder = self.given, self.given.out / "adapter"
+
+    def write(self, folder: Path) -> None:
+        """Write the files of the adapter."""
+        given = self.given
         dcs.save_adapter(self.transformer, folder)
-        if not given.full:
+        if given.full:
+            dcs.restore_(copy.deepcopy(self.transformer)).save_pretrained(folder / "transformer")
+        else:
             self.lora.save_pretrained(folder)
         write_model_card(
             folder,
@@ -257,12 +278,8 @@ class TextToImage:
             about=f"Fine-tuned on {Path(given.data).name} at {given.size} x {given.size} pixels ({self.objective.name}).",
             base=str(given.model),
             trained=f"{'all weights' if given.full else f'LoRA, rank {given.rank}'}; {given.steps} steps",
-            code=loading_code(str(given.model), not given.full, self.call(given.guidance)),
+            code=loading_code(str(given.model), self.low, not given.full, self.call(given.guidance)),
         )
-        executed = mean_ratio(self.transformer, self.transformer.diffcr.executed_ratios())
-        print(f"{folder}: mean ratio {executed:.3f} for {given.target_ratio:g}; README.md there says how to load it")
-        if given.full:
-            dcs.restore_(self.transformer).save_pretrained(folder / "transformer")
 
 
 def main() -> None:

@@ -161,7 +161,7 @@ class _Trial:
         )
 
     def _tolerance(self) -> float:
-        return max(tolerance(t.dtype) for t in self.subject.baseline if t.is_floating_point())
+        return max(tolerance(t) for t in self.subject.baseline if t.is_floating_point())
 
     def settle(self, stream: str, mark: Tensor, hint: dict[str, str] | None, search: bool) -> Alignment | None:
         index = self.subject.paths.index(self.raw[stream])

@@ -24,9 +24,14 @@ __all__ = ["Subject", "tolerance"]
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-def tolerance(dtype: torch.dtype) -> float:
-    """Return the largest error, relative to the spread of the output, that summation order explains at ``dtype``."""
-    return _TOLERANCE.get(dtype, 1e-1)
+def tolerance(tensor: Tensor) -> float:
+    """Return how far an output may differ and still count as equal, in units of its spread.
+
+    Under autocast an output in single precision may stem from products in less, so the coarser of the two counts.
+    """
+    device = tensor.device.type
+    dtypes = {tensor.dtype} | ({torch.get_autocast_dtype(device)} if torch.is_autocast_enabled(device) else set())
+    return max(_TOLERANCE.get(dtype, 1e-1) for dtype in dtypes)
 
 
 @dataclass
@@ -118,7 +123,7 @@ class Subject:
         tensors[stream].narrow(axis, 0, 1).add_(1.0)
         changed = _call(self.block, self.template, [t.clone() for t in tensors])[1][output]
         others = self.baseline[output].shape[axis] - 1
-        return _gap(changed.narrow(axis, 1, others), self.baseline[output].narrow(axis, 1, others)) > tolerance(changed.dtype)
+        return _gap(changed.narrow(axis, 1, others), self.baseline[output].narrow(axis, 1, others)) > tolerance(changed)
 
     @torch.no_grad()
     def run(self, patterns: dict[str, str], kept: Tensor, tokens: int, stream: str, counts: dict[str, int] | None = None) -> list[Tensor]:
@@ -154,7 +159,7 @@ def _causal_flags(block: nn.Module, template: Any, tensors: list[Tensor]) -> dic
     without = map_leaves(template, lambda path, leaf: found.get(path, leaf))
     _, flagged = _call(twin, template, [t.clone() for t in tensors])
     _, masked = _call(twin, without, [t.clone() for t in tensors])
-    same = all(_gap(a, b) <= tolerance(a.dtype) for a, b in zip(masked, flagged, strict=True))
+    same = all(_gap(a, b) <= tolerance(a) for a, b in zip(masked, flagged, strict=True))
     return found if same else {}
 
 

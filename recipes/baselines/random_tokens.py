@@ -19,22 +19,22 @@ STREAM = "b n c"
 
 
 def choose(samples: int, tokens: int, kept: int, generator: torch.Generator) -> Tensor:
-    """Choose tokens of each sample, every set of them as likely as any other: indices ``b k`` in rising order, on the CPU."""
-    return torch.rand(samples, tokens, generator=generator).argsort(dim=1)[:, :kept].sort(dim=1).values
+    """Choose tokens of each sample, every set of them as likely as any other: indices ``b k`` in rising order."""
+    return torch.rand(samples, tokens, generator=generator, device=generator.device).argsort(dim=1)[:, :kept].sort(dim=1).values
 
 
 class RandomTokens:
     """Random tokens around the routed blocks of a plan, in the form that :func:`diffcr_surgery.bench.hooks.attach` takes."""
 
-    def __init__(self, plan: dcs.SurgeryPlan, ratio: float, seed: int) -> None:
+    def __init__(self, plan: dcs.SurgeryPlan, ratio: float, seed: int, device: torch.device | str = "cpu") -> None:
         self.tokens = plan.routed_sites[0].tokens
         self.kept = kept_count(ratio, self.tokens)
-        self.generator = torch.Generator().manual_seed(seed)  # on the CPU, so that a seed chooses alike on every device
+        self.generator = torch.Generator(device).manual_seed(seed)  # where the model is, so that drawing does not wait for it
         patterns = {pattern for site in plan.routed_sites for pattern in site.aligned.values()}
         self.shared = any("b" not in parse_axes(pattern).words for pattern in patterns)
 
     def enter(self, site: object, stream: Tensor) -> Tensor:
-        chosen = choose(1 if self.shared else len(stream), self.tokens, self.kept, self.generator).to(stream.device)
+        chosen = choose(1 if self.shared else len(stream), self.tokens, self.kept, self.generator)
         self.chosen, self.whole = chosen.expand(len(stream), -1), stream
         return gather_tokens(stream, self.chosen, STREAM, self.tokens)
 
@@ -47,4 +47,4 @@ class RandomTokens:
 
 def attach(model: nn.Module, plan: dcs.SurgeryPlan, ratio: float, seed: int = 0) -> None:
     """Have random tokens bypass the routed blocks of a model that is not converted."""
-    hooks.attach(model, plan, RandomTokens(plan, ratio, seed))
+    hooks.attach(model, plan, RandomTokens(plan, ratio, seed, next(model.parameters()).device))

@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from parts.calling import Calling, encode_captions
 from PIL import Image as Pictures
+from PIL import ImageOps
 from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -35,14 +36,18 @@ def load_captioned(source: str, caption_column: str) -> Dataset:
     return data.cast_column("image", Image(decode=False))
 
 
-def _bytes(image: dict[str, Any]) -> bytes:
-    return image["bytes"] or Path(image["path"]).read_bytes()
+def _identity(image: dict[str, Any]) -> bytes:
+    """Return what an undecoded image is known by: its bytes, or its file as it is now."""
+    if image["bytes"]:
+        return image["bytes"]
+    state = os.stat(image["path"])
+    return f"{image['path']} {state.st_size} {state.st_mtime_ns}".encode()
 
 
 def read_image(image: dict[str, Any], size: int) -> Tensor:
     """Return an undecoded image as `3 size size` in [-1, 1]: scaled by its shorter side, cropped in the centre."""
-    with Pictures.open(io.BytesIO(_bytes(image))) as opened:
-        picture = v2.functional.to_image(opened.convert("RGB"))
+    with Pictures.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as opened:
+        picture = v2.functional.to_image(ImageOps.exif_transpose(opened).convert("RGB"))  # upright, as its camera was held
     picture = v2.functional.center_crop(v2.functional.resize(picture, size, antialias=True), size)
     return v2.functional.to_dtype(picture, torch.float32, scale=True) * 2 - 1
 
@@ -63,7 +68,7 @@ class PreparedData:
         self.data, self.calling, self.folder, self.size = data, calling, folder, size
         self.captions: list[str] = list(data[caption_column])
         self._key = f"{key} {size}"
-        self._latents = [self._file("latents", _bytes(row)) for row in data["image"]]
+        self._latents = [self._file("latents", _identity(row)) for row in data["image"]]
         self._conditions = {caption: self._file("captions", caption.encode()) for caption in ("", *self.captions)}
 
     def __len__(self) -> int:
@@ -85,9 +90,12 @@ class PreparedData:
         for caption in mine("encoding captions", self._conditions, self._conditions.__getitem__):
             found = encode_captions(pipe, [caption], **call)
             _write(self._conditions[caption], {name: found[name] for name in self.calling.conditions})
+        precision = pipe.vae.dtype
+        pipe.vae.to(torch.float32)  # some overflow in less
         for index in mine("encoding images", range(len(self)), self._latents.__getitem__):
-            pixels = read_image(self.data[index]["image"], self.size)[None].to(pipe.vae.device, pipe.vae.dtype)
+            pixels = read_image(self.data[index]["image"], self.size)[None].to(pipe.vae.device)
             _write(self._latents[index], {"moments": pipe.vae.encode(pixels).latent_dist.parameters})
+        pipe.vae.to(precision)
         accelerator.wait_for_everyone()
 
     def batch(self, rows: Sequence[int], drop: Sequence[bool], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:

@@ -22,6 +22,7 @@ from einops import rearrange
 from parts.caching import read_image
 from parts.calling import supported_arguments
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -107,6 +108,15 @@ def _specialised(name: str, model: nn.Module, folder: Path, inputs: dict[str, An
     return Arm(name, model, model.diffcr.achieved.ratio)
 
 
+def _merge_lora(model: nn.Module) -> None:
+    """Add LoRA to the weights it belongs to, so that it costs an arm nothing; the dense model, which shares the others, keeps its own."""
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            base = layer.get_base_layer()
+            base.weight = nn.Parameter(base.weight.detach().clone())
+            layer.merge()
+
+
 class Pipeline:
     """A pipeline of diffusers, with images to compare its own with.
 
@@ -179,6 +189,7 @@ class Pipeline:
             self._load_lora(model, folder)
         if PEFT in files:
             PeftModel.from_pretrained(model, folder)  # puts LoRA into the model, in place
+        _merge_lora(model)
         model.eval().requires_grad_(False)
         return _specialised(name, model, folder, inputs, budget) if "diffcr.json" in files else Arm(name, model, 0.0)
 

@@ -14,22 +14,25 @@ import diffcr_surgery as dcs
 __all__ = ["loading_code", "mean_ratio", "write_model_card"]
 
 LOADING = """\
+import torch
 from diffusers import {diffusers}
 {peft}
 import diffcr_surgery as dcs
 
 folder = "."  # where this file lies
 {weights}
+pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 with dcs.capture_inputs(pipe.transformer) as seen:
-    pipe("a photograph", num_inference_steps=1, {call})
+    pipe("a photograph", num_inference_steps=1, output_type="latent", {call})
 dcs.load_adapter_(pipe.transformer, folder, seen.inputs)
 dcs.specialize_(pipe.transformer)
 """
 LORA = """\
-pipe = DiffusionPipeline.from_pretrained({base!r})
+pipe = DiffusionPipeline.from_pretrained({base!r}, torch_dtype={dtype})
 PeftModel.from_pretrained(pipe.transformer, folder)  # puts LoRA into the transformer, in place"""
 ALL_WEIGHTS = """\
-pipe = DiffusionPipeline.from_pretrained({base!r}, transformer=AutoModel.from_pretrained(f"{{folder}}/transformer"))"""
+transformer = AutoModel.from_pretrained(f"{{folder}}/transformer", torch_dtype={dtype})
+pipe = DiffusionPipeline.from_pretrained({base!r}, transformer=transformer, torch_dtype={dtype})"""
 
 CARD = Template("""\
 ---
@@ -66,18 +69,19 @@ $code
 """)
 
 
-def loading_code(base: str, lora: bool, call: Mapping[str, Any]) -> str:
+def loading_code(base: str, dtype: torch.dtype, lora: bool, call: Mapping[str, Any]) -> str:
     """Return Python that loads a pipeline's adapter.
 
     Args:
         base: Folder or name of the pipeline.
+        dtype: Precision to load it in.
         lora: Whether LoRA was trained, or all weights.
         call: Arguments of the pipeline besides prompt and steps.
     """
     return LOADING.format(
         diffusers="DiffusionPipeline" if lora else "AutoModel, DiffusionPipeline",
         peft="from peft import PeftModel\n" if lora else "",
-        weights=(LORA if lora else ALL_WEIGHTS).format(base=base),
+        weights=(LORA if lora else ALL_WEIGHTS).format(base=base, dtype=dtype),
         call=", ".join(f"{name}={value!r}" for name, value in call.items()),
     )
 

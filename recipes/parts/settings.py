@@ -58,7 +58,7 @@ def read_arguments(parser: argparse.ArgumentParser, given: Sequence[str] | None 
 def _words(name: str, value: Any) -> list[str]:
     """Return an entry of the file as words of the command line."""
     flag = f"--{name.replace('_', '-')}"
-    if isinstance(value, bool):
+    if value is None or isinstance(value, bool):
         return [flag] if value else []
     return [flag, *map(str, value if isinstance(value, list) else [value])]
 

@@ -206,6 +206,7 @@ def test_a_table_of_all_kinds_of_arms(
         (["--demo", "x", "--adapter", "a=b"], "--demo brings its own adapters"),
         (["--model", "x", "--data", "y", "--baseline"], "nothing to compare: give --adapter or --baseline"),
         (["--model", "x", "--data", "y", "--adapter", "out"], "--adapter out: expected NAME=DIR"),
+        (["--model", "x", "--data", "y"], "--features is missing"),
         (["--demo", "x", "--samples", "3"], "--samples 3: expected at least 4"),
         ([], "one of the arguments --model --demo --smoke is required"),
     ],
@@ -232,7 +233,21 @@ def test_what_cannot_be_evaluated_is_said_in_a_line(
     base = save_pipeline("DiTPipeline", tmp_path / "base")
     given = [word.format(out=tmp_path) for word in given]
     with pytest.raises(SystemExit, match=message):
-        evaluated(tmp_path, monkeypatch, "--model", str(base), "--data", str(data[True]), "--steps", "1", "--samples", "4", *given)
+        evaluated(
+            tmp_path,
+            monkeypatch,
+            "--model",
+            str(base),
+            "--data",
+            str(data[True]),
+            "--steps",
+            "1",
+            "--samples",
+            "4",
+            "--features",
+            "digits",
+            *given,
+        )
 
 
 def test_smoke(tmp_path: Path) -> None:

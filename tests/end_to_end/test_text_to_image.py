@@ -123,14 +123,14 @@ def test_killed_and_started_again_it_ends_where_it_would_have_ended(trained: Pat
 def test_all_weights_and_two_micro_batches(trained: Path, given: list[str]) -> None:
     out = trained.parent / "full"
     settings = out.with_suffix(".yaml")
-    settings.write_text(
-        "full: true\naccumulate: 2\nbatch: 2\nsteps: 5\nbranches: two\ncost: flops\nprompts: [a cat, a rocket]\n", encoding="utf-8"
-    )
+    lines = ["full: true", "mixed-precision: bf16", "accumulate: 2", "batch: 2", "steps: 5", "branches: two", "cost: flops"]
+    settings.write_text("\n".join([*lines, "prompts: [a cat, a rocket]"]), encoding="utf-8")
     run(out, given, "--config", str(settings))
     config = json.loads((out / "adapter" / "diffcr.json").read_text())
     assert "two" in json.dumps(config) and "flops" in json.dumps(config)
     weights = load_file(out / "adapter" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert not any("diffcr" in name or "lora" in name for name in weights)
+    assert images(loaded(out / "adapter"))[0].shape == (32, 32, 3)
 
 
 def test_two_processes(trained: Path, given: list[str]) -> None:
@@ -141,17 +141,19 @@ def test_two_processes(trained: Path, given: list[str]) -> None:
     assert images(loaded(out / "adapter"))[0].shape == (32, 32, 3)
 
 
-@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline"])
-def test_other_pipelines_by_name_alone(name: str, given: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "precision"), [("StableDiffusion3Pipeline", "no"), ("FluxPipeline", "bf16")])
+def test_other_pipelines_by_name_alone(name: str, precision: str, given: list[str], tmp_path: Path) -> None:
     model = save_pipeline(name, tmp_path / "model")
-    text = run(tmp_path / "out", [*given[2:], "--model", str(model)], "--steps", "3", "--sample-every", "3", "--checkpoint-every", "3")
+    text = run(tmp_path / "out", [*given[2:], "--model", str(model)], "--steps", "3", "--sample-every", "3", "--mixed-precision", precision)
     assert "mean ratio 0.2" in text
     assert "(flow matching)" in (tmp_path / "out" / "adapter" / "README.md").read_text(encoding="utf-8")
     pipe = loaded(tmp_path / "out" / "adapter")
     noise = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
     drawn = pipe(list(PROMPTS), height=32, width=32, num_inference_steps=4, guidance_scale=4.5, generator=noise).images
     for index, image in enumerate(drawn):
-        assert np.array_equal(np.asarray(image), np.asarray(Image.open(tmp_path / "out" / "samples" / "step-3" / f"{index}.png")))
+        kept = np.asarray(Image.open(tmp_path / "out" / "samples" / "step-3" / f"{index}.png"))
+        # Under bf16 what stands between the blocks' products is rounded otherwise in training.
+        assert np.array_equal(np.asarray(image), kept) if precision == "no" else 10 < kept.std() and image.size == (32, 32)
 
 
 def test_a_wrong_setting_in_the_file_is_an_error_of_the_command_line(tmp_path: Path) -> None:

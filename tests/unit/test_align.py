@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from diffcr_surgery.align import align_block
+from diffcr_surgery.align.proof import tolerance
 from diffcr_surgery.detect import named_leaves
 from diffcr_surgery.trace.recording import BlockSample
 
@@ -215,3 +216,11 @@ def test_a_declaration_that_moves_too_much_is_refused():
     declared = {"x": "b n c", "text": "b n c"}
     found = align(CrossAttention(), rand(2, 6, WIDTH), rand(2, 6, WIDTH), hint=declared, search=False)
     assert not found.routable and "['text'] need not move" in found.reason
+
+
+def test_under_autocast_what_is_computed_in_less_is_proven_in_less() -> None:
+    exact, coarse = torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16)
+    assert tolerance(exact) < 1e-3 < tolerance(coarse)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert tolerance(exact) == tolerance(coarse)
+    assert tolerance(exact) < 1e-3

@@ -13,7 +13,6 @@ OUT holds `adapter` (routers and ratios, LoRA or all weights, and a model card t
 """
 
 import argparse
-import copy
 import functools
 import shutil
 from collections.abc import Iterator
@@ -251,15 +250,15 @@ class TextToImage:
 
     def finish(self) -> None:
         """Write the adapter: routers and ratios, what was trained, and the model card that says how to load them."""
-        final = self.given.out / "adapter"
+        final, executed = self.given.out / "adapter", mean_ratio(self.transformer, self.transformer.diffcr.executed_ratios())
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # the transformer's own forward again
         if self.accelerator.is_main_process:
-            shutil.rmtree(final, ignore_errors=True)
+            shutil.rmtree(final, ignore_errors=True)  # of an earlier run
+        self.accelerator.wait_for_everyone()
         with dcs.atomic_folder(final) as folder:
             if self.accelerator.is_main_process:
                 self.write(folder)
         if self.accelerator.is_main_process:
-            executed = mean_ratio(self.transformer, self.transformer.diffcr.executed_ratios())
             print(f"{final}: mean ratio {executed:.3f} for {self.given.target_ratio:g}; README.md there says how to load it")
         self.accelerator.end_training()
 
@@ -267,9 +266,7 @@ class TextToImage:
         """Write the files of the adapter."""
         given = self.given
         dcs.save_adapter(self.transformer, folder)
-        if given.full:
-            dcs.restore_(copy.deepcopy(self.transformer)).save_pretrained(folder / "transformer")
-        else:
+        if not given.full:
             self.lora.save_pretrained(folder)
         write_model_card(
             folder,
@@ -280,6 +277,8 @@ class TextToImage:
             trained=f"{'all weights' if given.full else f'LoRA, rank {given.rank}'}; {given.steps} steps",
             code=loading_code(str(given.model), self.low, not given.full, self.call(given.guidance)),
         )
+        if given.full:
+            dcs.restore_(self.transformer).save_pretrained(folder / "transformer")
 
 
 def main() -> None:

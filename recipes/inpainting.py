@@ -7,8 +7,8 @@
 In the manner of Lazy Diffusion (arXiv 2404.12382): a ViT encoder reads the image and its hole once; a DiT decoder denoises the tokens of
 the hole, and no others. What it adds goes on top of a smooth fill of the hole, so that a small model has only detail to make. A dense model
 is trained first. From it two fine-tunes of equal length on equal data, timesteps and noise are made: a dense one, and one in which the
-encoder's blocks run on half of the tokens and the decoder learns a compression ratio for each block and timestep region. Both then fill the
-same holes in crops that no training saw.
+encoder's blocks run on half of the tokens and the decoder learns a compression ratio for each block and timestep region; both rise from 0,
+so that the model gets used to it. Dense and routed then fill the same holes in crops that no training saw.
 
 PHOTOS is a folder of images, with or without folders inside; every tenth is held out. A model for 512 pixels, as large.yaml says it:
 

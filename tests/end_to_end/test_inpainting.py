@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,25 +19,15 @@ from safetensors.torch import load_file
 from skimage import data as photographs
 
 import diffcr_surgery as dcs
+from tests.launch import TWO_PROCESSES, run_recipe
 
 RECIPE = Path(inpainting.__file__)
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
-# With --cpu accelerate leaves starting the processes to MPI and, without it, starts one; --multi_gpu starts them itself, and the variable
-# above keeps them on the CPU.
-LAUNCH = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0",
-          "--mixed_precision", "no", "--dynamo_backend", "no")  # fmt: skip
 WEIGHTS = {"pretrained.safetensors", "dense.safetensors", "routed.safetensors"}
 LEFT = {"comparison.png", "cost.png", "ratios.png", "report.json", "routed", "checkpoints", "logs", *WEIGHTS}
 
 
 def run(out: Path, *arguments: str, launch: tuple[str, ...] = ()) -> str:
-    command = [sys.executable, *launch, str(RECIPE), "--smoke", "--out", str(out), *arguments]
-    for _ in range(2):  # gloo on a loaded machine has been seen to abort; what it leaves is looked at all the same
-        done = subprocess.run(command, cwd=out.parent, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
-        if "SIGABRT" not in done.stderr:
-            break
-    assert done.returncode == 0, done.stderr[-6000:]
-    return done.stdout
+    return run_recipe(RECIPE, "--smoke", "--out", str(out), *arguments, folder=out.parent, launch=launch)
 
 
 def report(out: Path) -> dict[str, Any]:
@@ -104,7 +92,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_alike(trained: Path, tmp_path: 
 
 
 def test_two_processes(trained: Path, tmp_path: Path) -> None:
-    run(tmp_path / "out", launch=LAUNCH)
+    run(tmp_path / "out", launch=TWO_PROCESSES)
     found = report(tmp_path / "out")
     assert found["decoder_ratio"] == pytest.approx(0.3, abs=0.02)
     assert found["loss"] != report(trained)["loss"]  # twice as many crops a step

@@ -19,15 +19,11 @@ from parts.tiny import captioned_photographs, tiny_pixart
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.launch import ENVIRONMENT, TWO_PROCESSES, run_recipe
 from tests.pipelines import save_pipeline
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "text_to_image.py"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
-# With --cpu accelerate leaves starting the processes to MPI and, without it, starts one; --multi_gpu starts them itself, and the variable
-# above keeps them on the CPU.
-LAUNCH = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0",
-          "--mixed_precision", "no", "--dynamo_backend", "no")  # fmt: skip
 PROMPTS = ("a cat", "a rocket")
 
 
@@ -40,13 +36,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def run(out: Path, given: list[str], *more: str, launch: tuple[str, ...] = ()) -> str:
-    command = [sys.executable, *launch, str(RECIPE), *given, *more, "--out", str(out)]
-    for _ in range(2):  # gloo on a loaded machine has been seen to abort; what it leaves is looked at all the same
-        done = subprocess.run(command, cwd=out.parent, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
-        if "SIGABRT" not in done.stderr:
-            break
-    assert done.returncode == 0, done.stderr[-6000:]
-    return done.stdout
+    return run_recipe(RECIPE, *given, *more, "--out", str(out), folder=out.parent, launch=launch)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +125,7 @@ def test_all_weights_and_two_micro_batches(trained: Path, given: list[str]) -> N
 
 def test_two_processes(trained: Path, given: list[str]) -> None:
     out = trained.parent / "two"
-    text = run(out, ["--smoke", "--prompts", *PROMPTS], "--batch", "2", launch=LAUNCH)  # on its own model and images
+    text = run(out, ["--smoke", "--prompts", *PROMPTS], "--batch", "2", launch=TWO_PROCESSES)  # on its own model and images
     assert text.count("mean ratio 0.200 for 0.2") == 1
     assert (out / "checkpoints" / "step-12" / "random_states_1.pkl").exists()  # that of the second
     assert images(loaded(out / "adapter"))[0].shape == (32, 32, 3)

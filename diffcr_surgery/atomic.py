@@ -50,7 +50,8 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         _wait()
         if first:
             for entry in [*scratch.rglob("*"), scratch]:
-                sync(entry)
+                if not entry.is_symlink() and (entry.is_file() or entry.is_dir()):  # a link may lead nowhere yet, a pipe would be waited at
+                    sync(entry)
             os.rename(scratch, final)
             sync(final.parent)
         _wait()

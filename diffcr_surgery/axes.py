@@ -22,11 +22,13 @@ import re
 from functools import lru_cache
 from typing import NamedTuple
 
+from diffcr_surgery.config import shown
 from diffcr_surgery.errors import PatternError
 
 __all__ = ["Axes", "parse_axes"]
 
 TOKEN_WORDS = ("n", "m+n", "n+m", "n-m")
+LONGEST = 1_000  # characters; a tensor has 64 axes at most
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*|1")
 
 
@@ -57,8 +59,14 @@ def parse_axes(pattern: str) -> Axes:
         >>> parse_axes("b m+n d").tokens
         (1,)
     """
+    if isinstance(pattern, str) and len(pattern) > LONGEST:
+        raise PatternError(
+            f"Axis pattern {shown(pattern)} has {len(pattern)} characters; expected one word an axis, at most {LONGEST} in all."
+        )
     if not isinstance(pattern, str) or not pattern.strip():
-        raise PatternError(f"Axis pattern {pattern!r} is empty; write one word an axis, such as 'b n c', or '-' for an opaque argument.")
+        raise PatternError(
+            f"Axis pattern {shown(pattern)} is empty; write one word an axis, such as 'b n c', or '-' for an opaque argument."
+        )
     return _parse(pattern)  # what cannot be hashed is refused before the cache sees it
 
 

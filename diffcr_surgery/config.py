@@ -7,19 +7,27 @@ import json
 import math
 import numbers
 import re
+import reprlib
+import warnings
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from diffcr_surgery.errors import ConfigError
 
-__all__ = ["CONFIG_VERSION", "DiffCRConfig"]
+__all__ = ["CONFIG_VERSION", "DiffCRConfig", "shown"]
 
 CONFIG_VERSION = 1
 
 GATES = ("doubled_sigmoid", "straight_through", "sigmoid")
 BRANCHES = ("two", "boundary")
 COSTS = ("tokens", "flops", "latency")
+MOST, LONGEST = 1_000, 10_000  # regions, bins or blocks in a row; characters of an expression. What a file says must not fill the memory
+CLOSEST_BINS = 1e-4  # nearer ones could not be told apart by ratios in single precision
 DEFAULT_BINS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +41,10 @@ class DiffCRConfig:
             With ``cost="tokens"`` that is the mean ratio.
         target_share: In place of ``target_ratio``: the share of the dense model's cost to come down to, such as 0.8, everything outside the
             blocks included (with ``cost="tokens"``, the blocks alone).
-        timestep_regions: Number R of equal parts of the timestep range, each with ratios of its own (1 is DiffCR-L).
+        timestep_regions: Number R of equal parts of the timestep range, at most 1,000, each with ratios of its own (1 is DiffCR-L).
         timestep_argument: Name of the forward argument that holds the timestep, or ``"auto"``. Irrelevant for R = 1.
         timestep_range: ``(lowest, highest)`` timestep, clean to noisy, or ``"auto"`` to read it off the example inputs.
-        bins: The ratios that can be executed, rising, the first 0.
+        bins: The ratios that can be executed, rising, the first 0, at least 1e-4 apart and at most 1,000 of them.
         max_ratio: Upper bound of every ratio, at most the last bin.
         gate: How a kept token's update is scaled by its score s: ``"doubled_sigmoid"`` by 2s (1 at the start),
             ``"straight_through"`` by 1 with the gradient of s, ``"sigmoid"`` by s (the paper's form; it halves updates at the start).
@@ -92,23 +100,23 @@ class DiffCRConfig:
         self._settle_number("initial_ratio", 0.0, self.max_ratio)
         self._settle_number("ratio_loss_weight", 0.0, math.inf)
         for name in ("timestep_regions", "share_routing"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected a whole number of at least 1.")
+            if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) <= MOST:
+                raise ConfigError(f"{name}={shown(getattr(self, name))}: expected a whole number of at least 1 and at most {MOST}.")
         for name, choices in (("gate", GATES), ("branches", BRANCHES), ("cost", COSTS)):
             if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, choices))}.")
+                raise ConfigError(f"{name}={shown(getattr(self, name))}: expected one of {', '.join(map(repr, choices))}.")
         if self.region_weights is not None:
             object.__setattr__(self, "region_weights", _weights(self.region_weights, self.timestep_regions))
         if not isinstance(self.timestep_argument, str) or not self.timestep_argument:
-            raise ConfigError(f'timestep_argument={self.timestep_argument!r}: expected the name of a forward argument, or "auto".')
+            raise ConfigError(f'timestep_argument={shown(self.timestep_argument)}: expected the name of a forward argument, or "auto".')
         if not isinstance(self.learn_ratios, bool):
-            raise ConfigError(f"learn_ratios={self.learn_ratios!r}: expected True or False.")
+            raise ConfigError(f"learn_ratios={shown(self.learn_ratios)}: expected True or False.")
         _check_expression("blocks", self.blocks)
 
     def _settle_number(self, name: str, low: float, high: float) -> None:
         value = _number(getattr(self, name))
         if value is None or not low <= value <= high:
-            raise ConfigError(f"{name}={getattr(self, name)!r}: expected a number in [{low:g}, {high:g}].")
+            raise ConfigError(f"{name}={shown(getattr(self, name))}: expected a number in [{low:g}, {high:g}].")
         object.__setattr__(self, name, value)
 
     @property
@@ -141,11 +149,11 @@ class DiffCRConfig:
             raise ConfigError(f"A configuration is a JSON object, not {type(data).__name__}.")
         version = data.get("version")
         if type(version) is not int or version != CONFIG_VERSION:  # JSON's true equals 1
-            raise ConfigError(f"Configuration version {version!r} is not supported; this release reads version {CONFIG_VERSION}.")
+            raise ConfigError(f"Configuration version {shown(version)} is not supported; this release reads version {CONFIG_VERSION}.")
         known = {field.name for field in fields(cls)}
-        unknown = sorted(set(data) - known - {"version"})
+        unknown = sorted(set(data) - known - {"version"}, key=str)
         if unknown:
-            raise ConfigError(f"Unknown settings {unknown}; expected some of {sorted(known)}.")
+            raise ConfigError(f"Unknown settings {shown(unknown)}; expected some of {sorted(known)}.")
         return cls(**{name: value for name, value in data.items() if name != "version"})
 
 
@@ -164,37 +172,60 @@ def _numbers(name: str, value: Any) -> tuple[float, ...]:
     items = [None] if isinstance(value, str) or not hasattr(value, "__iter__") else [_number(item) for item in value]
     found = tuple(item for item in items if item is not None)
     if len(found) < len(items):
-        raise ConfigError(f"{name}={value!r}: expected a sequence of finite numbers.")
+        raise ConfigError(f"{name}={shown(value)}: expected a sequence of finite numbers.")
     return found
 
 
 def _range(value: Any) -> tuple[float, float]:
     bounds = _numbers("timestep_range", value)
-    if len(bounds) != 2 or bounds[0] >= bounds[1]:
-        raise ConfigError(f"timestep_range={value!r}: expected (lowest, highest) with lowest < highest, such as (0, 1000).")
+    if len(bounds) != 2 or bounds[0] >= bounds[1] or (bounds[1] - bounds[0]) * MOST == math.inf:
+        raise ConfigError(
+            f"timestep_range={shown(value)}: expected (lowest, highest) with lowest < highest, not infinitely far apart, such as (0, 1000)."
+        )
     return bounds[0], bounds[1]
 
 
 def _weights(value: Any, regions: int) -> tuple[float, ...]:
     weights = _numbers("region_weights", value)
-    if len(weights) != regions or min(weights) < 0 or sum(weights) == 0:
+    if len(weights) != regions or min(weights) < 0 or not 0 < sum(weights) < math.inf:
         raise ConfigError(
-            f"region_weights={value!r}: expected {regions} numbers of at least 0, one for each timestep region, not all of them 0."
+            f"region_weights={shown(value)}: expected {regions} numbers of at least 0, one for each timestep region, not all of them 0."
         )
     return weights
 
 
 def _check_bins(bins: tuple[float, ...]) -> None:
-    rising = all(a < b for a, b in itertools.pairwise(bins))
-    if len(bins) < 2 or bins[0] != 0.0 or not rising or not all(0.0 <= b <= 1.0 for b in bins):
-        raise ConfigError(f"bins={bins}: expected at least two rising ratios in [0, 1], the first 0.")
+    rising = all(b - a >= CLOSEST_BINS for a, b in itertools.pairwise(bins))
+    if not 2 <= len(bins) <= MOST or bins[0] != 0.0 or not rising or not all(0.0 <= b <= 1.0 for b in bins):
+        raise ConfigError(
+            f"bins={shown(bins)}: expected at least two rising ratios in [0, 1], the first 0, at least {CLOSEST_BINS:g} apart, and at most "
+            f"{MOST}."
+        )
 
 
 def _check_expression(name: str, value: Any) -> None:
     problem = "" if value is None or isinstance(value, str) else f" (a {type(value).__name__})"
+    if isinstance(value, str) and len(value) > LONGEST:
+        problem = f" (longer than {LONGEST} characters)"
     try:
-        re.compile(value if isinstance(value, str) else "")
-    except re.error as error:
-        problem = f" ({error})"
+        if value is not None and not problem:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # re warns of what a later Python will read in another way
+                re.compile(value)
+    except (re.error, ValueError, OverflowError, RecursionError, Warning) as error:
+        problem = f" ({shown(str(error))})"
     if problem:
-        raise ConfigError(f"{name}={value!r}{problem}: expected a regular expression for qualified block names, or None.")
+        raise ConfigError(f"{name}={shown(value)}{problem}: expected a regular expression for qualified block names, or None.")
+
+
+def shown(value: Any) -> str:
+    """Return what stands for a value in an error: its ``repr``, but never longer than a few lines, whatever a file holds.
+
+    Example:
+        >>> shown([0.5, "half"]), len(shown("0" * 1_000_000)) < 300
+        ("[0.5, 'half']", True)
+    """
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return f"a {type(value).__name__} too long to be written"

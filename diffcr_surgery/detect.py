@@ -18,6 +18,7 @@ from torch import fx
 
 from diffcr_surgery._tree import Slot, map_leaves
 from diffcr_surgery.tokens import Spans
+from diffcr_surgery.trace.recording import OUT_OF_MEMORY
 
 __all__ = ["Lineage", "bound_arguments", "latent_inputs", "named_leaves", "residual_after", "spans"]
 
@@ -154,6 +155,8 @@ class Lineage:
         if _name(node) in _MOVES:
             try:
                 return self._moved(node)
+            except OUT_OF_MEMORY:
+                raise
             except Exception:  # an index whose content is not known, or arguments a mark cannot stand for
                 pass
         return _joined(node, [tensor for mark in sources for tensor in _flat(mark)])

@@ -15,6 +15,8 @@ from diffcr_surgery.runtime.state import DiffCRState
 
 __all__ = ["RatioOptimizer"]
 
+LARGEST = 1e36  # gradient there is: beyond, the averages overflow in single precision
+
 LEAST_SLOPE = 0.1  # of the mean: where a higher ratio saves next to nothing, as latency curves show, it is not worth an endless push down
 
 
@@ -102,10 +104,11 @@ class RatioOptimizer(torch.optim.Optimizer):
         _check_learned(self._diffcr)
         budget, target = self._diffcr.budget, self._diffcr.target_saving
         table, gradient = whole(parameter).double().cpu(), self._gradient(parameter)
-        state: dict[str, Any] = self.state[parameter]
+        visits = self._diffcr.visits if gradient is None else torch.zeros_like(self._diffcr.visits)
+        state: dict[str, Any] = dict(self.state.get(parameter, {}))  # a copy: a step that is stopped midway has not been taken
         for name in ("average", "seen"):
             if name in state:  # a state that was loaded is where the table is
-                state[name] = state[name].float().cpu()
+                state[name] = state[name].to("cpu", torch.float32, copy=True)
         if not state:
             state["step"] = 0
             state["start"] = float(budget.saving(table))
@@ -115,13 +118,16 @@ class RatioOptimizer(torch.optim.Optimizer):
             state["updates"] = 0
         state["step"] += 1
         slopes = budget.slopes(table).clamp_min(LEAST_SLOPE)
-        direction = self._direction(state, None if gradient is None else (gradient / slopes).float(), group["averaging"])
+        direction = self._direction(state, None if gradient is None else gradient / slopes, group["averaging"])
         known = (state["seen"] > 0).to(table)  # regions no batch has shown yet have no say
         direction = (direction - (direction * known).sum() / (known.sum() * len(table)).clamp_min(1.0)) * known
         left = max(0.0, 1.0 - (state["step"] - 1) / group["total_steps"])
         share = min(1.0, state["step"] / max(1.0, group["ramp"] * group["total_steps"]))
         saving = state["start"] + share * (target - state["start"])
-        assign_(parameter, budget.project(table - group["lr"] * left * direction, saving).to(parameter.dtype))
+        moved = budget.project(table - group["lr"] * left * direction, saving).to(parameter.dtype)
+        assign_(parameter, moved)
+        self._diffcr.visits = visits
+        self.state[parameter].update(state)
         return loss
 
     def _gradient(self, parameter: torch.Tensor) -> torch.Tensor | None:
@@ -130,8 +136,10 @@ class RatioOptimizer(torch.optim.Optimizer):
             return None
         own = torch.zeros_like(parameter) if own is None else own  # the other processes, which have one, wait for this one's
         gradient = whole(own) if hasattr(own, "full_tensor") else mean_over_processes(own)
-        gradient = gradient.float().cpu() / self._shares()
-        broken = sorted({int(row) for row in (~gradient.isfinite()).nonzero()[:, 0]})
+        visits = mean_over_processes(self._diffcr.visits)
+        # Each region's is smaller than if it had been alone, by its share of the samples since the last step.
+        gradient = gradient.cpu().double() / torch.where(visits > 0, visits / visits.sum().clamp_min(1e-12), 1.0)
+        broken = sorted({int(row) for row in (~(gradient.abs() < LARGEST)).nonzero()[:, 0]})
         if broken:
             names = [self._diffcr.plan.routed_sites[row].path for row in broken]
             raise NonFiniteError(
@@ -140,12 +148,6 @@ class RatioOptimizer(torch.optim.Optimizer):
             )
         return gradient
 
-    def _shares(self) -> torch.Tensor:
-        """Return each region's share of the samples since the last step, by which its gradient is smaller than if it had been alone."""
-        visits = mean_over_processes(self._diffcr.visits)
-        self._diffcr.visits = torch.zeros_like(visits)
-        return torch.where(visits > 0, visits / visits.sum().clamp_min(1e-12), 1.0)
-
     def _direction(self, state: dict[str, Any], gradient: torch.Tensor | None, averaging: float) -> torch.Tensor:
         """Return the averaged harm per saving in units of its noise, ``l r``."""
         average: torch.Tensor = state["average"]
@@ -153,7 +155,7 @@ class RatioOptimizer(torch.optim.Optimizer):
         if gradient is not None:
             shown = gradient.abs().sum(0) > 0
             seen += shown
-            average[:, shown] = averaging * average[:, shown] + (1.0 - averaging) * gradient[:, shown]
+            average[:, shown] = averaging * average[:, shown] + (1.0 - averaging) * gradient[:, shown].float()
             if bool(shown.any()):
                 own = gradient[:, shown]
                 centred = own - own.mean() if own.numel() > 1 else own

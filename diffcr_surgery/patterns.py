@@ -14,6 +14,7 @@ from types import MappingProxyType
 import torch
 
 from diffcr_surgery.axes import parse_axes
+from diffcr_surgery.config import shown
 from diffcr_surgery.errors import PatternError
 
 __all__ = ["BlockPattern", "pattern_of", "register_pattern"]
@@ -47,17 +48,23 @@ class BlockPattern:
     outputs: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise PatternError(f"The name of a pattern is a text for messages, not {shown(self.name)}.")
+        name = shown(self.name)
         module, colon, cls = self.target.partition(":") if isinstance(self.target, str) else ("", "", "")
         if not (module and colon and cls):
-            raise PatternError(f"Pattern {self.name!r}: target {self.target!r} is not of the form 'package.module:Class'.")
-        if not isinstance(self.inputs, Mapping) or not self.inputs:
-            raise PatternError(f"Pattern {self.name!r}: inputs must map argument paths to axis patterns, the routed stream first.")
+            raise PatternError(f"Pattern {name}: target {shown(self.target)} is not of the form 'package.module:Class'.")
+        if not isinstance(self.inputs, Mapping) or not self.inputs or not all(isinstance(path, str) for path in self.inputs):
+            raise PatternError(f"Pattern {name}: inputs must map argument paths to axis patterns, the routed stream first.")
+        if not isinstance(self.outputs, tuple | list):
+            raise PatternError(f"Pattern {name}: outputs must be a tuple of axis patterns, not {shown(self.outputs)}.")
         object.__setattr__(self, "inputs", MappingProxyType(dict(self.inputs)))
+        object.__setattr__(self, "outputs", tuple(self.outputs))
         for axes in (*self.inputs.values(), *self.outputs):
             parse_axes(axes)
         stream = next(iter(self.inputs.values()))
         if stream.split().count("n") != 1:
-            raise PatternError(f"Pattern {self.name!r}: the first input is the routed stream and names 'n' once; got {stream!r}.")
+            raise PatternError(f"Pattern {name}: the first input is the routed stream and names 'n' once; got {stream!r}.")
 
     def __reduce__(self) -> tuple[type[BlockPattern], tuple[object, ...]]:
         return BlockPattern, (self.name, self.target, dict(self.inputs), self.outputs)
@@ -103,15 +110,19 @@ def _load_plugins() -> None:
     if _plugins_loaded or os.environ.get(OFF_SWITCH):
         return
     _plugins_loaded = True
-    for entry in entry_points(group=ENTRY_POINTS):
-        try:
+    entry = None
+    try:
+        for entry in entry_points(group=ENTRY_POINTS):
             register_pattern(entry.load())
-        except Exception as error:
-            _plugins_loaded = False
-            raise PatternError(
-                f"The entry point {entry.name!r} = {entry.value!r} of group {ENTRY_POINTS} could not be loaded: {error}. It must name a "
-                f"BlockPattern. Set {OFF_SWITCH}=1 to go on without plug-ins."
-            ) from error
+    except BaseException as error:
+        _plugins_loaded = False
+        if not isinstance(error, Exception | SystemExit):  # who presses Ctrl-C wants to stop
+            raise
+        where = f"The entry point {entry.name!r} = {entry.value!r}" if entry else "An entry point"
+        raise PatternError(
+            f"{where} of group {ENTRY_POINTS} could not be loaded: {type(error).__name__}: {error}. It must name a BlockPattern. Set "
+            f"{OFF_SWITCH}=1 to go on without plug-ins."
+        ) from error
 
 
 def pattern_of(block: torch.nn.Module) -> BlockPattern | None:

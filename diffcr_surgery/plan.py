@@ -305,6 +305,7 @@ def routed_call(recording: Recording, call: SiteCall, index: int, router: int, c
         branches=config.branches,
         staying=call.staying,
         outside=call.outside,
+        batches={int(path) if path.isdigit() else path: axis for path, axis in found.batches.items()},
         counts={numbers[name][0]: word for name, word in found.counts.items()},
         overwrites=found.overwrites,
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from diffcr_surgery._tree import flatten, map_leaves
 from diffcr_surgery.align.proof import tolerance
@@ -16,11 +17,14 @@ from diffcr_surgery.errors import TimestepError
 from diffcr_surgery.split import Splitting, join, places, rows_of, select
 from diffcr_surgery.trace.key import Call, model_device
 from diffcr_surgery.trace.perturb import generator
-from diffcr_surgery.trace.recording import run_call, undisturbed
+from diffcr_surgery.trace.recording import OUT_OF_MEMORY, run_call, undisturbed
 
 __all__ = ["find_splitting"]
 
 Run = Callable[[Call, list[Tensor]], Any]
+
+# By these a hook that moves or casts the stored weights reads and writes them, and must not find noise there.
+_STORES = frozenset("__get__ __set__ to cpu cuda float half bfloat16 double type clone detach pin_memory record_stream".split())
 
 
 @contextmanager
@@ -35,21 +39,27 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-class _Awake(nn.Module):
-    """A model whose weights that are all zero, as before training, have noise in their place: they would hide every difference."""
+class _Awake(TorchFunctionMode):
+    """Puts noise in the place of weights that are all zero, as before training: they would hide every difference.
 
-    def __init__(self, model: nn.Module, forward: Callable[..., Any]) -> None:
+    It does so for the functions that this thread calls; the weights stay what they are, for another thread may be running the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.original = model, forward
-        plain = {name: p for name, p in self.named_parameters() if not (p.is_meta or is_quantized(p)) and p.is_floating_point()}
-        asleep = {name: p for name, p in plain.items() if not p.any()}
-        self.noise = {name: _other(p) * (p.shape[-1] if p.ndim > 1 else 25) ** -0.5 for name, p in asleep.items()}
+        plain = [p for p in model.parameters() if not (p.is_meta or is_quantized(p)) and p.is_floating_point()]
+        self.noise = {id(p): _other(p) * (p.shape[-1] if p.ndim > 1 else 25) ** -0.5 for p in plain if not p.any()}
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.original(*args, **kwargs)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _STORES or name.endswith("_"):
+            return func(*args, **(kwargs or {}))
+        args, kwargs = map_leaves((args, kwargs or {}), lambda _, leaf: self._awake(leaf) if isinstance(leaf, Tensor) else leaf)
+        return func(*args, **kwargs)
 
-    def answer(self, *args: Any, **kwargs: Any) -> Any:
-        return torch.func.functional_call(self, self.noise, args, kwargs) if self.noise else self(*args, **kwargs)
+    def _awake(self, tensor: Tensor) -> Tensor:
+        noise = self.noise.get(id(tensor))
+        return tensor if noise is None else noise.to(tensor.device, tensor.dtype)  # a hook may have moved or cast the weight meanwhile
 
 
 @torch.no_grad()
@@ -69,12 +79,13 @@ def find_splitting(model: nn.Module, forward: Callable[..., Any], call: Call, ba
     shared = frozenset(path for path, value in inputs.items() if len(value) != batch)
     if batch == 1:
         return Splitting(shared)
-    awake = _Awake(model, forward)
+    awake = _Awake(model)
     with _evaluating(model), undisturbed(model, model_device(model, call.tensors)) as rewind:
 
         def run(call: Call, tensors: list[Tensor]) -> Any:
             rewind()
-            return run_call(call, tensors, awake.answer)
+            with awake:
+                return run_call(call, tensors, forward)
 
         whole = run(call, call.tensors)
         # Models round by themselves, too (Kandinsky 5 to bfloat16); a wrong cut is no matter of rounding.
@@ -105,6 +116,8 @@ def _tried(run: Run, call: Call, whole: Any, batch: int, shared: frozenset[str],
         gap = _gap(flatten(join(parts, [[0], [1]], lists))[1], flatten(wanted)[1])
     except TimestepError as error:
         return Splitting(shared, refusal=str(error).partition(" but ")[2].partition(". Call the model")[0])
+    except OUT_OF_MEMORY:
+        raise
     except Exception as error:  # whatever a model raises on a sample that was cut wrongly
         return Splitting(shared, refusal=f"one sample alone made the model raise {type(error).__name__}: {error}")
     if gap <= limit:
@@ -129,6 +142,8 @@ def _touches_first_sample(run: Run, call: Call, whole: Any, value: Any, batch: i
         swap = {id(value): torch.cat([value[:1], _other(value[1:])])}
     try:
         changed = run(call, [swap.get(id(t), t) for t in call.tensors])
+    except OUT_OF_MEMORY:
+        raise
     except Exception:  # a value the model cannot take tells nothing; the comparison of samples is what decides
         return False
 

@@ -5,29 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import distributed
 
 from diffcr_surgery._shards import is_sharded, several_processes, whole
 from diffcr_surgery.atomic import sync
-from diffcr_surgery.config import DiffCRConfig
+from diffcr_surgery.config import DiffCRConfig, shown
 from diffcr_surgery.errors import AdapterError, ConfigError, ConversionError
 from diffcr_surgery.plan import SurgeryPlan, plan
 from diffcr_surgery.runtime.convert import convert_, restore_, state_of
-from diffcr_surgery.timesteps import TimestepRegions
 
 __all__ = ["load_adapter_", "save_adapter"]
 
 ADAPTER_VERSION = 2  # 1 had no costs of the sites
 TENSORS, SETTINGS = "diffcr.safetensors", "diffcr.json"
-MAX_SETTINGS_BYTES = 16 * 1024 * 1024
+MAX_SETTINGS_BYTES, MAX_HEADER_BYTES, MAX_TENSORS_BYTES = 2**20, 2**22, 2**28  # several times what a thousand blocks need
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def save_adapter(model: torch.nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -70,6 +71,7 @@ def save_adapter(model: torch.nn.Module, directory: str | os.PathLike[str]) -> N
             "high": state.plan.regions.high,
         },
         "sites": _site_rows(state.plan),
+        "left_out": _left_out(state.plan),
         "target_ratio": state.config.target_ratio,
         "achieved_ratio": float((state.executed_ratios() * state.budget.region_weights).sum(1).mean()),
     }
@@ -96,7 +98,7 @@ def _write(folder: Path, settings: dict[str, Any], tensors: dict[str, torch.Tens
                 sync(Path(scratch, name))
                 os.replace(os.path.join(scratch, name), folder / name)
         sync(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise AdapterError(f"The adapter could not be written to {folder}: {error}. Choose a folder that can be written.") from error
 
 
@@ -115,10 +117,16 @@ def _site_rows(planned: SurgeryPlan) -> list[dict[str, Any]]:
     ]
 
 
+def _left_out(planned: SurgeryPlan) -> list[str]:
+    """Return the paths of the blocks that stay dense."""
+    return sorted({site.path for site in planned.sites if not site.routed})
+
+
 def load_adapter_(model: torch.nn.Module, directory: str | os.PathLike[str], example_inputs: Any) -> torch.nn.Module:
     """Convert a model and give it the routers and ratios of a saved adapter, in place.
 
-    Everything is read and checked before the model is touched.
+    Everything is read and checked before the model is touched: a file that is damaged, or made to do harm, is refused. Nothing in it is
+    run, not even its expression for blocks, for the blocks are listed beside it.
 
     Args:
         model: A model of the class, and with the blocks, the adapter was trained on; not converted.
@@ -145,49 +153,61 @@ def load_adapter_(model: torch.nn.Module, directory: str | os.PathLike[str], exa
     if hasattr(model, "diffcr"):
         raise ConversionError(f"This {type(model).__name__} is converted already; call restore_(model) before loading an adapter.")
     folder = Path(directory)
-    settings = _read_settings(folder)
+    settings, tensors = _read(folder)
     config = _read_config(folder, settings)
-    tensors = _read_tensors(folder)
     if not _same_class(settings["model_class"], type(model)):
         raise AdapterError(
             f"The adapter in {folder} was trained on a {settings['model_class']}; this is a "
             f"{type(model).__module__}.{type(model).__qualname__}. Load it into a model of that class."
         )
-    # What sites cost is in the file, and is not measured again.
-    planned = plan(model, example_inputs, replace(config, cost="tokens", target_share=None))
-    costs = tuple(tuple(row) for row in tensors["site_costs"].tolist()) if "site_costs" in tensors else ()
-    planned = replace(planned, config=config, site_costs=costs)
-    if _site_rows(planned) != settings["sites"]:
+    # What sites cost is in the file, and is not measured again. Nor is its expression for blocks matched: it could take for ever.
+    blocks = None if config.blocks is None else _expression(model, settings)
+    planned = plan(model, example_inputs, replace(config, cost="tokens", target_share=None, blocks=blocks))
+    rows, found = settings["sites"], _site_rows(planned)
+    foreign = sorted(set(_left_out(planned)) - set(settings.get("left_out", []))) if blocks else []
+    if foreign or found != rows:
         raise AdapterError(
-            f"The adapter in {folder} belongs to a model with the routed blocks {[row['path'] for row in settings['sites']]} of width "
-            f"{sorted({row['width'] for row in settings['sites']})}; this one has {[site.path for site in planned.routed_sites]} of width "
-            f"{sorted({site.width for site in planned.routed_sites})}. Load the base model it was trained on."
+            f"The adapter in {folder} belongs to a model with the routed blocks {shown([row['path'] for row in rows])} of width "
+            f"{shown(sorted({row['width'] for row in rows}))}; this one has {[row['path'] for row in found] + foreign} of width "
+            f"{sorted({row['width'] for row in found})}. Load the base model it was trained on."
         )
-    convert_(model, planned)
+    convert_(model, replace(planned, config=config))
     try:
-        _fill(model, tensors, folder)
+        _fill(model, settings, tensors, folder)
     except BaseException:
         restore_(model)
         raise
     return model
 
 
-def _fill(model: torch.nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    state = state_of(model)
-    wanted = {name: tuple(tensor.shape) for name, tensor in state.state_dict().items()}
+def _expression(model: torch.nn.Module, settings: dict[str, Any]) -> str | None:
+    """Return an expression for the blocks that the settings list, as far as the model has them."""
+    listed = {row["path"] for row in settings["sites"]}
+    return "|".join(re.escape(path) for path, _ in model.named_modules() if path in listed) or None
+
+
+def _fill(model: torch.nn.Module, settings: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    state, path = state_of(model), folder / TENSORS
+    own = state.state_dict()
+    wanted = {name: tuple(tensor.shape) for name, tensor in own.items()}
     given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if wanted != given:
         wrong = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
-        raise AdapterError(
-            f"{folder / TENSORS} does not fit its settings: {wrong[:5]} are missing, extra, or of another shape. Save it anew."
-        )
-    broken = sorted(name for name, t in tensors.items() if not t.is_floating_point() or not bool(t.isfinite().all()))
+        raise AdapterError(f"{path} does not fit its settings: {shown(wrong[:5])} are missing, extra, or of another shape. Save it anew.")
+    broken = sorted(name for name, t in tensors.items() if t.dtype not in FLOATS or not bool(t.to(own[name].dtype).isfinite().all()))
     if broken:
-        raise AdapterError(f"{folder / TENSORS}: {broken} hold values that are no finite numbers; the file is damaged. Save it anew.")
-    table, limit = tensors["ratio_table"], state.config.max_ratio
+        raise AdapterError(f"{path}: {broken} hold values that are no finite numbers; the file is damaged. Save it anew.")
+    table, limit, costs = tensors["ratio_table"], state.config.max_ratio, tensors["site_costs"]
     if bool(((table < 0) | (table > limit + 1e-6)).any()):
-        raise AdapterError(f"{folder / TENSORS}: ratio_table holds ratios outside [0, {limit:g}]; the file is damaged. Save it anew.")
+        raise AdapterError(f"{path}: ratio_table holds ratios outside [0, {limit:g}]; the file is damaged. Save it anew.")
+    if bool((costs < 0).any() or (costs > 1).any() or (costs[:, 0] == 0).any() or (costs.diff(dim=1) > 0).any()):
+        raise AdapterError(
+            f"{path}: site_costs holds no shares of the dense model's cost that fall from bin to bin; the file is damaged. Save it anew."
+        )
+    if _fingerprint({name: value for name, value in settings.items() if name != "fingerprint"}, tensors) != settings["fingerprint"]:
+        raise AdapterError(f"{path} and {SETTINGS} beside it are not what was saved together; one of them was changed. Save them anew.")
     state.load_state_dict(tensors)
+    state.plan = replace(state.plan, site_costs=tuple(map(tuple, state.site_costs.tolist())))
 
 
 def _same_class(saved: str, given: type) -> bool:
@@ -196,49 +216,55 @@ def _same_class(saved: str, given: type) -> bool:
     return not name and (module == given.__module__ or "__main__" in (module, given.__module__))
 
 
-def _read_settings(folder: Path) -> dict[str, Any]:
-    """Read the settings; those kept with the tensors, if a save was interrupted after it had replaced the tensors."""
-    settings = _read_json(folder / SETTINGS)
-    kept = _read_kept(folder)
-    if kept is not None and kept.get("fingerprint") != settings["fingerprint"]:
-        return _checked(kept, folder / TENSORS)
-    return settings
-
-
-def _read_kept(folder: Path) -> dict[str, Any] | None:
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Read settings and tensors; the settings kept with the tensors, if a save was interrupted after it had replaced the tensors."""
+    settings = _parsed(_content(folder / SETTINGS, MAX_SETTINGS_BYTES), folder / SETTINGS)
+    path = folder / TENSORS
+    content = _content(path, MAX_TENSORS_BYTES)
     try:
-        with safe_open(folder / TENSORS, "pt") as file:
-            return dict(json.loads(file.metadata()[SETTINGS]))
-    except Exception:  # what is wrong with the file is said where it is read in full
-        return None
+        end = 8 + int.from_bytes(content[:8], "little")
+        if end > MAX_HEADER_BYTES:
+            raise ValueError("its header is larger than any adapter's")
+        tensors = dict(load(content))
+        text = json.loads(content[8:end]).get("__metadata__", {}).get(SETTINGS)
+    except Exception as error:  # safetensors raises its own error, and others for what it does not know
+        raise AdapterError(f"{path} cannot be read ({shown(error)}); the file is damaged or cut short. Save the adapter anew.") from error
+    kept = settings if text is None else _parsed(text.encode(), path)
+    return (settings if kept["fingerprint"] == settings["fingerprint"] else kept), tensors
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _content(path: Path, limit: int) -> bytes:
+    """Return the bytes of a regular file: a pipe or a device might never end."""
     try:
-        if path.stat().st_size > MAX_SETTINGS_BYTES:
-            raise AdapterError(
-                f"{path} is larger than any adapter's settings ({MAX_SETTINGS_BYTES} bytes); this is no adapter of this package."
-            )
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterError(f"{path.parent} holds no {SETTINGS}; give the folder that save_adapter(model, folder) wrote.") from None
-    except (OSError, ValueError, RecursionError) as error:
+        if not path.is_file():
+            raise AdapterError(f"{path.parent} holds no {path.name}; give the folder that save_adapter(model, folder) wrote.")
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read ({error}); give the folder that save_adapter(model, folder) wrote.") from error
+    if len(content) > limit:
+        raise AdapterError(f"{path} is larger than any adapter's ({limit} bytes); this is no adapter of this package.")
+    return content
+
+
+def _parsed(content: bytes, path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} cannot be read as JSON ({error}); the file is damaged. Save the adapter anew.") from error
-    return _checked(settings, path)
-
-
-def _checked(settings: Any, path: Path) -> dict[str, Any]:
-    if not isinstance(settings, dict) or settings.get("version") != ADAPTER_VERSION:
-        found = settings.get("version") if isinstance(settings, dict) else None
+    version = settings.get("version") if isinstance(settings, dict) else None
+    if not isinstance(settings, dict) or type(version) is not int or version != ADAPTER_VERSION:  # JSON's 2.0 equals 2
         raise AdapterError(
-            f"{path} has adapter version {found!r}; this release reads version {ADAPTER_VERSION}. Save it anew with this release."
+            f"{path} has adapter version {shown(version)}; this release reads version {ADAPTER_VERSION}. Save it anew with this release."
         )
     rows = settings.get("sites")
     keys = {"path": str, "occurrence": int, "block_class": str, "width": int}
     sound = isinstance(rows, list) and all(
-        isinstance(row, dict) and row.keys() == keys.keys() and all(isinstance(row[k], kind) for k, kind in keys.items()) for row in rows
+        isinstance(row, dict) and row.keys() == keys.keys() and all(type(row[k]) is kind for k, kind in keys.items()) for row in rows
     )
-    if not sound or not all(isinstance(settings.get(name), str) for name in ("model_class", "fingerprint")):
+    left_out = settings.get("left_out", [])
+    names = [settings.get("model_class"), settings.get("fingerprint"), *(left_out if isinstance(left_out, list) else [left_out])]
+    if not sound or not all(isinstance(name, str) and name.isprintable() for name in names):
         raise AdapterError(f"{path} lacks its sites, model class or fingerprint; the file is damaged. Save the adapter anew.")
     return settings
 
@@ -247,21 +273,11 @@ def _read_config(folder: Path, settings: dict[str, Any]) -> DiffCRConfig:
     """Return the saved settings, with the timestep argument and range that were settled at conversion."""
     try:
         config = DiffCRConfig.from_dict(settings.get("config"))
-        regions = settings["regions"]
         if config.timestep_regions == 1:
             return config
-        settled = TimestepRegions(config.timestep_regions, regions["argument"], float(regions["low"]), float(regions["high"]))
-        argument = settled.argument or "auto"
-        return DiffCRConfig.from_dict({**settings["config"], "timestep_argument": argument, "timestep_range": [settled.low, settled.high]})
-    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        regions = settings["regions"]
+        argument = "auto" if regions["argument"] is None else regions["argument"]
+        settled = {"timestep_argument": argument, "timestep_range": [regions["low"], regions["high"]]}
+        return DiffCRConfig.from_dict(settings["config"] | settled)
+    except (ConfigError, KeyError, TypeError) as error:
         raise AdapterError(f"{folder / SETTINGS} holds settings that cannot be used: {error}. Save the adapter anew.") from error
-
-
-def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    path = folder / TENSORS
-    if not path.is_file():
-        raise AdapterError(f"{folder} holds no {TENSORS}; give the folder that save_adapter(model, folder) wrote.")
-    try:
-        return dict(load_file(path))
-    except Exception as error:  # safetensors raises its own error, and others for what the system reports
-        raise AdapterError(f"{path} cannot be read ({error}); the file is damaged or cut short. Save the adapter anew.") from error

@@ -76,8 +76,11 @@ def site_calls(recording: Recording, hints: Mapping[tuple[str, int], Hint] | Non
         seen[block.path] = occurrence + 1
         streams = lineage.streams(block.module, node)
         unread = _unread(node)
-        key: tuple[Hashable, ...] = (block.kind, unread, tuple((path, mark.numpy().tobytes()) for path, mark in streams.items()))
         hint = (hints or {}).get((block.path, occurrence))
+        planned = hint[0] if hint and hint[0].routable else None
+        if planned is not None and planned.stream in streams:
+            streams = {planned.stream: streams[planned.stream]}
+        key: tuple[Hashable, ...] = (block.kind, unread, tuple((path, mark.numpy().tobytes()) for path, mark in streams.items()))
         if sharded[id(block.module)]:
             key = (block.path, occurrence)
             known, residual_outside = hint or (_SHARDED, False)
@@ -87,7 +90,11 @@ def site_calls(recording: Recording, hints: Mapping[tuple[str, int], Hint] | Non
             proven[key] = _align(recording, block, streams, hint[0].aligned if hint and hint[0].stream else None, unread)
         found = proven[key]
         if not found.routable:
-            lineage.settle_dense(block.module, node)
+            if planned is not None and planned.stream in streams and found.tokens == 1:  # which stays, and is followed on as planned
+                stream = named_leaves(block.module, node.args, node.kwargs, fx.Node)[planned.stream][1]
+                lineage.settle(node, stream, planned.output)
+            else:
+                lineage.settle_dense(block.module, node)
             calls.append(SiteCall(flow.calls[node], block.path, occurrence, found))
             continue
         stream = named_leaves(block.module, node.args, node.kwargs, fx.Node)[found.stream][1]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -11,9 +13,9 @@ import torch
 
 from diffcr_surgery._shards import is_sharded
 from diffcr_surgery.config import DiffCRConfig
-from diffcr_surgery.errors import ConfigError, ConversionError
+from diffcr_surgery.errors import ConfigError, ConversionError, NonFiniteError
 from diffcr_surgery.ratios import Budget
-from diffcr_surgery.runtime.convert import state_of
+from diffcr_surgery.runtime.convert import changing, state_of
 from diffcr_surgery.runtime.execute import costs_of
 from diffcr_surgery.runtime.state import Achieved, DiffCRState
 from diffcr_surgery.runtime.subclass import leave_to_compiler, original_class
@@ -52,6 +54,7 @@ def specialize_(
 
     Raises:
         ConversionError: If the model is not converted, or specialised already.
+        NonFiniteError: If a ratio or a weight of a router is no finite number.
         ConfigError: If the budget is out of range, or a cost cannot be counted without inputs.
 
     Example:
@@ -65,6 +68,18 @@ def specialize_(
     """
     state = state_of(model)
     converted = next(module for module in model.modules() if module._modules.get("diffcr") is state)
+    with changing(converted):
+        return _specialize(model, converted, state, budget, cost, example_inputs)
+
+
+def _specialize(
+    model: torch.nn.Module,
+    converted: torch.nn.Module,
+    state: DiffCRState,
+    budget: float | None,
+    cost: Literal["tokens", "flops", "latency"] | None,
+    example_inputs: Any,
+) -> torch.nn.Module:
     if state.specialized:
         raise ConversionError("This model is specialised already; restore_ it and load its adapter to choose another budget.")
     if is_sharded(model):
@@ -72,6 +87,13 @@ def specialize_(
             f"The weights of this {type(model).__name__} are sharded, so that routers cannot be taken out; save_adapter, and load it onto "
             "a model that is not. For samples during training, model.eval() runs the same ratios."
         )
+    for name, weight in state.routers.named_parameters():
+        if not bool(weight.isfinite().all()):  # a call would say so now, and no longer then
+            path = state.plan.routed_sites[int(name.partition(".")[0])].path
+            raise NonFiniteError(
+                f"The router of {path} has weights that are no finite numbers; the loss or the learning rate broke training. Load an "
+                "earlier adapter."
+            )
     counted = replace(state.config, cost=cost or state.config.cost)
     measured = _budget(converted, state, counted, example_inputs)
     whole = float(measured.costs[:, 0].sum())  # of the model, the share that the routed blocks take
@@ -81,14 +103,34 @@ def specialize_(
         if not (isinstance(budget, (int, float)) and lowest - 1e-6 <= budget <= 1.0):
             raise ConfigError(f"budget={budget!r}: expected a share of the dense {counted.cost} in [{lowest:g}, 1].")
         ratios = measured.dial(state.ratios(), (1.0 - budget) / whole)
-    state.fix(ratios)
     share, mean = 1.0 - whole * float(measured.saving(ratios)), float((ratios * measured.region_weights).sum(1).mean())
-    state.achieved = Achieved(counted.cost, share, budget, mean)
-    logger.info("%s specialised: %s", type(model).__name__, state.achieved)
-    for row in [row for row in state.routers if not _decides(state, int(row))]:
-        del state.routers[row]
     leave_to_compiler(type(converted))
-    return model.eval()
+    with _all_or_nothing(model, state):
+        for row in [row for row in state.routers if not _decides(state, ratios, int(row))]:
+            del state.routers[row]
+        model.eval()
+        state.fix(ratios, Achieved(counted.cost, share, budget, mean))
+    logger.info("%s specialised: %s", type(model).__name__, state.achieved)
+    return model
+
+
+@contextmanager
+def _all_or_nothing(model: torch.nn.Module, state: DiffCRState) -> Iterator[None]:
+    """Put back what the body has changed, if it raises."""
+    training = [module for module in model.modules() if module.training]
+    table, routers = state.ratio_table, dict(state.routers.items())
+    values, gradient, learned = table.detach().clone(), table.grad, table.requires_grad
+    try:
+        yield
+    except BaseException:
+        state.fixed = state.achieved = None
+        table.data.copy_(values)
+        table.requires_grad_(learned).grad = gradient
+        state.routers._modules.clear()  # to have them in their order again
+        state.routers._modules.update(routers)
+        for module in training:
+            module.training = True
+        raise
 
 
 def _budget(converted: torch.nn.Module, state: DiffCRState, config: DiffCRConfig, example_inputs: Any) -> Budget:
@@ -105,7 +147,7 @@ def _budget(converted: torch.nn.Module, state: DiffCRState, config: DiffCRConfig
     return Budget.of(config, torch.tensor(costs))
 
 
-def _decides(state: DiffCRState, router: int) -> bool:
-    """Tell whether any block still needs the scores of a router."""
+def _decides(state: DiffCRState, ratios: torch.Tensor, router: int) -> bool:
+    """Tell whether any block needs the scores of a router at these ratios."""
     rows = [row for row, site in enumerate(state.plan.routed_sites) if site.router == router]
-    return state.config.gate == "sigmoid" or bool(state.ratio_table[rows].any())
+    return state.config.gate == "sigmoid" or bool(ratios[rows].any())

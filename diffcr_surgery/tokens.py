@@ -255,7 +255,7 @@ def per_sample(block: Callable[..., Any], args: Any, kwargs: Any, axes: Mapping[
         kwargs: Keyword arguments, likewise.
         axes: Dotted path in ``(args, kwargs)`` -> axis of the samples (length b, or 1 for all), or ``None`` for what ``gather_each`` made.
         batch: b.
-        joined: Axis along which the samples' outputs are joined.
+        joined: Axis of the samples in the stream; an output whose length there is not 1 has them in front.
 
     Returns:
         The block's output.
@@ -274,4 +274,10 @@ def per_sample(block: Callable[..., Any], args: Any, kwargs: Any, axes: Mapping[
         own_args, own_kwargs = map_leaves((args, kwargs), cut)
         outputs.append(block(*own_args, **own_kwargs))
     parts = [flatten(output) for output in outputs]
-    return fill(parts[0][2], [torch.cat(tensors, joined) for tensors in zip(*(tensors for _, tensors, _ in parts), strict=True)])
+    columns = zip(*(tensors for _, tensors, _ in parts), strict=True)
+    return fill(parts[0][2], [torch.cat(tensors, _joined(tensors[0], joined)) for tensors in columns])
+
+
+def _joined(output: Tensor, axis: int) -> int:
+    """Return the batch axis of one sample's output: the stream's, or the first where a text in front of ``n b c`` tokens has it there."""
+    return axis if axis < output.ndim and output.shape[axis] == 1 else 0

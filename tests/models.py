@@ -17,6 +17,7 @@ from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from torch import Tensor, nn
 
 from diffcr_surgery.demo.model import DiT
+from diffcr_surgery.testing.compare import snapshot as snapshot
 
 LATENT = 4  # channels of the images
 PATCH = 2  # pixels along a token's side, where a model has patches
@@ -128,31 +129,6 @@ class Case:
 def output(result: Any) -> Tensor:
     """Return the predicted image or tokens from whatever a model returns."""
     return result if isinstance(result, Tensor) else result[0]
-
-
-def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Everything a user could notice: classes, attributes, modes, hooks, buffers; parameters by identity and value."""
-    modules = {
-        name: (
-            type(module),
-            module.training,
-            sorted(vars(module)),
-            {key: list(value.items()) for key, value in vars(module).items() if "hook" in key and value},
-        )
-        for name, module in model.named_modules()
-    }
-    tensors = {
-        name: (id(tensor), tensor.data_ptr(), tensor.requires_grad, tensor.detach().clone().numpy().tobytes())
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-    }
-    gradients = {name: id(parameter.grad) for name, parameter in model.named_parameters()}
-    return {
-        "modules": modules,
-        "tensors": tensors,
-        "gradients": gradients,
-        "keys": list(model.state_dict()),
-        "random": torch.get_rng_state().numpy().tobytes(),
-    }
 
 
 def _image(size: Size, batch: int) -> Tensor:

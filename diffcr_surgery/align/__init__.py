@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from diffcr_surgery.axes import TOKEN_WORDS, parse_axes
 from diffcr_surgery.caches import bare_copy
 from diffcr_surgery.detect import named_leaves
 from diffcr_surgery.tokens import keep_tokens, kept_count, rank_tokens
-from diffcr_surgery.trace.recording import BlockSample
+from diffcr_surgery.trace.recording import OUT_OF_MEMORY, BlockSample
 
 __all__ = ["Alignment", "align_block", "complete", "has_no_residual", "prefix_of"]
 
@@ -48,6 +48,7 @@ class Alignment:
             that says a mask is causal -> ``"off"``.
         overwrites: Whether the block writes into the stream it is given.
         given: Paths of all tensor arguments the proof was run on.
+        batches: Path of each output whose batch axis is another one than the stream's -> that axis.
     """
 
     routable: bool
@@ -61,6 +62,7 @@ class Alignment:
     counts: dict[str, str] = field(default_factory=dict)
     overwrites: bool = False
     given: frozenset[str] = frozenset()
+    batches: dict[str, int] = field(default_factory=dict)
 
     @property
     def aligned(self) -> dict[str, str]:
@@ -125,6 +127,8 @@ def has_no_residual(sample: BlockSample, found: Alignment) -> bool | None:
             weight.requires_grad_(False).fill_(0.0 if weight.ndim > 1 or "bias" in name else 1.0)
         with torch.no_grad():
             paths, outputs, _ = flatten(twin(*args, **kwargs))
+    except OUT_OF_MEMORY:
+        raise
     except Exception:  # packed weights, say, that zeros are no values of
         return None
     stream = outputs[paths.index(found.output)]
@@ -193,7 +197,10 @@ class _Trial:
                     counts = self._counts(assignment, index, output, moving, pattern)
                     written = index in self.subject.overwritten
                     given = frozenset(self.raw)
-                    return Alignment(True, reason, stream, path, found, moving.shape[1], error, self.count, counts, written, given)
+                    batches = (
+                        {self.subject.outputs[i]: at for i, at in self.subject.batches(index, axes.batch).items()} if axes.batch else {}
+                    )
+                    return Alignment(True, reason, stream, path, found, moving.shape[1], error, self.count, counts, written, given, batches)
         return None
 
     def moves_several(self, stream: str, mark: Tensor) -> list[str]:
@@ -206,6 +213,8 @@ class _Trial:
             self.count += 1
             try:
                 error = self.subject.error(assignment, index, outputs, mark, "b n c")
+            except OUT_OF_MEMORY:
+                raise
             except Exception:  # as in _error
                 continue
             if error <= self._tolerance():
@@ -230,6 +239,8 @@ class _Trial:
             try:
                 still_a_set = self.subject.error(patterns, stream, [output], moving, pattern, {path: value - 1}) <= self._tolerance()
                 shape = self.subject.run(patterns, kept, total, pattern, {path: follows})[output].shape
+            except OUT_OF_MEMORY:
+                raise
             except Exception:  # a number of heads, say, that happens to equal the number of tokens
                 continue
             if not still_a_set and shape == self.subject.run(patterns, kept, total, pattern)[output].shape:
@@ -246,6 +257,8 @@ class _Trial:
                 return error
             self.count += 1
             return error if self._runs_on_fewer(patterns, stream, output, moving, pattern) else float("inf")
+        except OUT_OF_MEMORY:
+            raise
         except Exception as failure:  # a wrong assignment may break the block in any way
             self.complaint = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
             return float("inf")
@@ -294,7 +307,7 @@ class _Trial:
         if hint is not None:
             moved = {self.raw[name]: axes for name, axes in hint.items() if name in self.raw and parse_axes(axes).tokens}
             if own in moved:
-                yield self._complete(moved, samples, batch)
+                yield from self._completed(moved, samples, batch)
         if not search:
             return
         options = {
@@ -315,7 +328,7 @@ class _Trial:
             for moved in itertools.islice(sets, MAX_TRIALS):
                 if frozenset(moved.items()) not in tried:
                     tried.add(frozenset(moved.items()))
-                    yield self._complete({own: pattern} | moved, samples, batch)
+                    yield from self._completed({own: pattern} | moved, samples, batch)
 
     def _prefixes(self, tokens: int) -> set[int]:
         """Return the lengths a prefix or suffix may have: the sizes seen anywhere in the arguments."""
@@ -323,14 +336,30 @@ class _Trial:
         return sizes | {a + b for a in sizes for b in sizes}
 
     def _complete(self, moved: dict[str, str], samples: int | None, batch: int | None) -> dict[str, str]:
-        return complete(moved, dict(zip(self.subject.paths, self.subject.tensors, strict=True)), samples, batch)
+        return next(self._completed(moved, samples, batch))
+
+    def _completed(self, moved: dict[str, str], samples: int | None, batch: int | None) -> Iterator[dict[str, str]]:
+        tensors = dict(zip(self.subject.paths, self.subject.tensors, strict=True))
+        first = complete(moved, tensors, samples, batch)
+        yield first
+        if batch:  # where two axes are as long as the batch, the rest may have theirs in front, unlike the stream
+            other = complete(moved, tensors, samples, 0)
+            if other != first:
+                yield other
 
 
 def complete(moved: dict[str, str], tensors: Mapping[str, Tensor], samples: int | None, batch: int | None) -> dict[str, str]:
-    """Add the arguments that are batched besides those that move, where a block has to be run sample by sample."""
+    """Add the arguments that are batched besides those that move, where a block has to be run sample by sample.
+
+    Args:
+        moved: Path -> axis pattern of those that move.
+        tensors: Path -> each argument.
+        samples: b; ``None`` for a packed stream.
+        batch: Axis of the batch in the stream; where another argument has that length elsewhere alone, it is there.
+    """
     if samples is None or not needs_samples(moved, samples):
         return moved
-    rest = {path: _words(t.shape, {}, samples, batch) for path, t in tensors.items() if path not in moved}
+    rest = {path: _words(t.shape, {}, _batch_axis(t.shape, (), samples, batch)) for path, t in tensors.items() if path not in moved}
     return moved | {path: words for path, words in rest.items() if "b" in words.split()}
 
 
@@ -359,10 +388,18 @@ def _stream_patterns(stream: Tensor) -> list[str]:
     return {2: ["n c"], 3: ["b n c", "n b c"]}.get(stream.ndim, [])
 
 
-def _words(shape: torch.Size, tokens: dict[int, str], samples: int | None, batch: int | None) -> str:
-    """Spell out a pattern: given token axes, then the batch axis (where the stream has its own, or first), then plain names."""
-    order = [axis for axis in (batch, 0) if axis is not None and axis < len(shape) and axis not in tokens]
-    at = next((axis for axis in order if shape[axis] == samples), None)
+def _batch_axes(shape: torch.Size, tokens: Collection[int], samples: int | None, batch: int | None) -> list[int]:
+    """Return where the batch axis may be: where the stream has its own, or first."""
+    order = dict.fromkeys(axis for axis in (batch, 0) if axis is not None)
+    return [axis for axis in order if axis < len(shape) and axis not in tokens and shape[axis] == samples]
+
+
+def _batch_axis(shape: torch.Size, tokens: Collection[int], samples: int | None, batch: int | None) -> int | None:
+    return next(iter(_batch_axes(shape, tokens, samples, batch)), None)
+
+
+def _words(shape: torch.Size, tokens: Mapping[int, str], at: int | None) -> str:
+    """Spell out a pattern: given token axes, then the batch axis, then plain names."""
     names = iter(_NAMES)
     return " ".join(tokens.get(i) or ("b" if i == at else "1" if shape[i] == 1 else next(names)) for i in range(len(shape)))
 
@@ -383,7 +420,10 @@ def _options(t: Tensor, tokens: int, samples: int | None, batch: int | None, pre
         axes = [i for i, size in enumerate(t.shape) if size in sizes[word]]
         for count in (1, 2):
             for chosen in itertools.combinations(axes, count):
-                if len({t.shape[i] for i in chosen}) == 1:
-                    found.append(_words(t.shape, dict.fromkeys(chosen, word), samples, batch))
+                if len({t.shape[i] for i in chosen}) > 1:
+                    continue
+                # Last, that none is the batch's: a table for all samples has an axis as long as the batch by chance.
+                for at in (*_batch_axes(t.shape, chosen, samples, batch), None):
+                    found.append(_words(t.shape, dict.fromkeys(chosen, word), at))
     # A leading 1 is stretched over the batch; a block that cannot take that may still run sample by sample.
     return found + [pattern.replace("1", "z", 1) for pattern in found if pattern.startswith("1 ") and samples != 1]

@@ -18,6 +18,7 @@ from diffcr_surgery.axes import parse_axes
 from diffcr_surgery.caches import bare_copy
 from diffcr_surgery.tokens import gather_each, gather_tokens, per_sample, sample_axes
 from diffcr_surgery.trace.perturb import generator
+from diffcr_surgery.trace.recording import OUT_OF_MEMORY
 
 __all__ = ["Subject", "tolerance"]
 
@@ -73,6 +74,8 @@ class Subject:
             given = [t.clone() for t in trial]
             try:
                 outputs, baseline = _call(twin, template, given)
+            except OUT_OF_MEMORY:
+                raise
             except Exception as error:  # whatever a block raises at values or dtypes it cannot take, the next form is milder
                 failure = error
                 continue
@@ -117,13 +120,34 @@ class Subject:
         return max(_gap(moved[i], wanted[i]) for i in self.read)
 
     def mixes(self, stream: int, output: int, axis: int) -> bool:
-        """Tell whether changing the first entry of the stream along ``axis`` changes the output of the others."""
+        """Tell whether changing the first half of the stream along ``axis`` changes the output of the rest."""
+        return any(self._heard(stream, output, axis, generator(seed)) for seed in range(4))  # sharp attention may look elsewhere
+
+    def _heard(self, stream: int, output: int, axis: int, source: torch.Generator) -> bool:
         tensors = list(self.tensors)
         tensors[stream] = tensors[stream].clone()
-        tensors[stream].narrow(axis, 0, 1).add_(1.0)
+        half = max(1, tensors[stream].shape[axis] // 2)
+        first = tensors[stream].narrow(axis, 0, half)
+        first.copy_(_shaken(first, source, upcast=False))  # not shifted: a norm takes the same amount off every channel again
         changed = _call(self.block, self.template, [t.clone() for t in tensors])[1][output]
-        others = self.baseline[output].shape[axis] - 1
-        return _gap(changed.narrow(axis, 1, others), self.baseline[output].narrow(axis, 1, others)) > tolerance(changed)
+        others = self.baseline[output].shape[axis] - half
+        return _gap(changed.narrow(axis, half, others), self.baseline[output].narrow(axis, half, others)) > tolerance(changed)
+
+    def batches(self, stream: int, axis: int) -> dict[int, int]:
+        """Return each output whose batch axis is not the stream's -> that axis, told by what changing the first sample changes."""
+        tensors = list(self.tensors)
+        tensors[stream] = tensors[stream].clone()
+        first = tensors[stream].narrow(axis, 0, 1)
+        first.copy_(_shaken(first, generator(0), upcast=False))
+        changed = _call(self.block, self.template, [t.clone() for t in tensors])[1]
+        samples, found = tensors[stream].shape[axis], {}
+        for i in self.read:
+            differs = changed[i] != self.baseline[i]
+            axes = [at for at in (axis, 0) if at < differs.ndim and differs.shape[at] == samples]
+            own = next((at for at in axes if not bool(differs.narrow(at, 1, samples - 1).any())), None)
+            if own is not None and own != axis:
+                found[i] = own
+        return found
 
     @torch.no_grad()
     def run(self, patterns: dict[str, str], kept: Tensor, tokens: int, stream: str, counts: dict[str, int] | None = None) -> list[Tensor]:

@@ -56,6 +56,7 @@ class RoutedCall:
         overwrites: Whether the block writes into its stream; it gets a copy where gate, router or a second branch read that too.
         counts: Path of each number that counts tokens -> ``"n"`` (those that may bypass) or ``"m+n"`` (all), of a causal flag -> ``"off"``.
         samples: b.
+        batches: Item of the output -> its batch axis, where the stream's is not the first.
         random: Whether the block draws random numbers.
         gate: Gate form.
         branches: How a ratio between two bins is run.
@@ -76,6 +77,7 @@ class RoutedCall:
     staying: Spans = ()
     outside: bool = False
     counts: dict[str, str] = field(default_factory=dict)
+    batches: dict[int | str, int] = field(default_factory=dict)
     overwrites: bool = False
 
     def kept(self, ratio: float) -> int:
@@ -150,7 +152,8 @@ def emit_site(
         return emitter.branch(decision.lower, (decision.upper, weight))
     lower, upper = emitter.branch(decision.lower), emitter.branch(decision.upper, second=True)
     batch = parse_axes(call.pattern).batch
-    return {item: graph.call_function(ops.blend, (lower[item], upper[item], weight, batch)) for item in lower}
+    axes = {item: batch if item is None else call.batches.get(item, batch) for item in lower}
+    return {item: graph.call_function(ops.blend, (lower[item], upper[item], weight, axes[item])) for item in lower}
 
 
 def _named(graph: fx.Graph, name: str, target: Any, args: tuple[Any, ...]) -> fx.Node:

@@ -6,6 +6,10 @@ copied, wrapped or renamed, so checkpoints, adapters, hooks and pipelines go on 
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, overload
 
 import torch
@@ -17,7 +21,19 @@ from diffcr_surgery.plan import SurgeryPlan, plan
 from diffcr_surgery.runtime.state import DiffCRState
 from diffcr_surgery.runtime.subclass import original_class, subclass
 
-__all__ = ["convert_", "original_class", "ratio_loss", "ratio_table", "restore_", "state_of"]
+__all__ = ["changing", "convert_", "original_class", "ratio_loss", "ratio_table", "restore_", "state_of"]
+
+_CHANGING: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
+
+
+@contextmanager
+def changing(model: torch.nn.Module) -> Iterator[None]:
+    """Let one thread at a time convert, specialise or restore a model; whoever comes second finds what the first has made of it."""
+    with _LOCK:
+        own = _CHANGING.setdefault(model, threading.RLock())
+    with own:
+        yield
 
 
 def state_of(model: torch.nn.Module) -> DiffCRState:
@@ -59,6 +75,11 @@ def convert_(model: torch.nn.Module, plan_or_inputs: Any, config: DiffCRConfig |
         >>> isinstance(model, DiTTransformer2DModel), ratio_table(model).shape
         (True, torch.Size([2, 4]))
     """
+    with changing(model):
+        return _convert(model, plan_or_inputs, config)
+
+
+def _convert(model: torch.nn.Module, plan_or_inputs: Any, config: DiffCRConfig | None) -> torch.nn.Module:
     if hasattr(model, "diffcr"):
         raise ConversionError(f"This {type(model).__name__} is converted already; call restore_(model) before converting it anew.")
     if is_sharded(model):
@@ -79,15 +100,27 @@ def convert_(model: torch.nn.Module, plan_or_inputs: Any, config: DiffCRConfig |
     reference = next((p for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1), None)
     if reference is not None:
         state.to(device=reference.device, dtype=reference.dtype)
-    model.diffcr = state
+    original = type(model)
     try:
+        model.diffcr = state
         model.__class__ = converted
-    except TypeError as error:  # a class with slots or another metaclass's layout cannot be exchanged
-        del model.diffcr
-        raise ConversionError(
-            f"{type(model).__name__} does not allow its class to be exchanged ({error}); it cannot be converted in place."
+    except BaseException as error:
+        _take_back(model, original)
+        if not isinstance(error, TypeError):
+            raise
+        raise ConversionError(  # a class with slots or another metaclass's layout cannot be exchanged
+            f"{original.__name__} does not allow its class to be exchanged ({error}); it cannot be converted in place."
         ) from error
     return model
+
+
+def _take_back(model: torch.nn.Module, original: type) -> None:
+    """Give a model its class back, and then take ``diffcr`` away; the second is done whatever stops the first."""
+    try:
+        model.__class__ = original
+    finally:
+        if type(model) is original:
+            model._modules.pop("diffcr", None)
 
 
 def _check_fits(model: torch.nn.Module, planned: SurgeryPlan) -> None:
@@ -130,6 +163,11 @@ def restore_(model: torch.nn.Module) -> torch.nn.Module:
         >>> list(restore_(convert_(model, inputs)).state_dict()) == keys
         True
     """
+    with changing(model):
+        return _restore(model)
+
+
+def _restore(model: torch.nn.Module) -> torch.nn.Module:
     if not isinstance(dict(model.named_children()).get("diffcr"), DiffCRState):  # peft's wrappers hand out the attributes of what they wrap
         state_of(model)  # says what is wrong, unless the converted model is inside this one
         raise ConversionError(f"This {type(model).__name__} wraps a converted model; give restore_ the model itself.")
@@ -148,8 +186,7 @@ def restore_(model: torch.nn.Module) -> torch.nn.Module:
             "precision and offloading, diffusers for offloading); take that back first: accelerator.unwrap_model(model, "
             "keep_fp32_wrapper=False), accelerate.hooks.remove_hook_from_module, or model._diffusers_hook.remove_hook(name)."
         )
-    del model.diffcr
-    model.__class__ = original_class(model)
+    _take_back(model, original_class(model))
     return model
 
 

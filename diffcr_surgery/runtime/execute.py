@@ -58,6 +58,7 @@ class _Routed:
         self.recording = recording
         self.regions = plan.regions.count
         self.calls = _aligned(recording, plan)
+        self._lock = threading.RLock()
         self._forms: OrderedDict[tuple[tuple[Decision, ...], bool, bool], tuple[Callable[..., Any], RewriteResult]] = OrderedDict()
 
     def step(
@@ -71,20 +72,21 @@ class _Routed:
 
     def graphs(self) -> list[fx.Graph]:
         """Return the graphs run so far, the last one last."""
-        return [result.graph for _, result in self._forms.values()]
+        return [result.graph for _, result in list(self._forms.values())]
 
     def _form(self, decisions: tuple[Decision, ...], fixed: bool, in_place: bool) -> tuple[Callable[..., Any], RewriteResult]:
         key = (decisions, fixed, in_place)
-        if key not in self._forms:
-            result = RouteTokens(self.calls, dict(enumerate(decisions)), self.recording.blocks, checked=not fixed)(self.recording.graph)
-            for wanted, rewrite in ((fixed, ShareGathers()), (fixed, FuseSites()), (in_place, ScatterInPlace())):
-                if wanted:
-                    rewrite(result.graph)
-            self._forms[key] = (compile_graph(result.graph), result)
-            while len(self._forms) > max(MAX_GRAPHS, 2 * self.regions):  # no region of a specialised model is ever made twice
-                self._forms.popitem(last=False)
-        self._forms.move_to_end(key)
-        return self._forms[key]
+        with self._lock:
+            if key not in self._forms:
+                result = RouteTokens(self.calls, dict(enumerate(decisions)), self.recording.blocks, checked=not fixed)(self.recording.graph)
+                for wanted, rewrite in ((fixed, ShareGathers()), (fixed, FuseSites()), (in_place, ScatterInPlace())):
+                    if wanted:
+                        rewrite(result.graph)
+                self._forms[key] = (compile_graph(result.graph), result)
+                while len(self._forms) > max(MAX_GRAPHS, 2 * self.regions):  # no region of a specialised model is ever made twice
+                    self._forms.popitem(last=False)
+            self._forms.move_to_end(key)
+            return self._forms[key]
 
 
 def _aligned(recording: Recording, plan: SurgeryPlan) -> dict[Any, RoutedCall]:
@@ -152,7 +154,11 @@ def answer(model: torch.nn.Module, state: DiffCRState, call: Call, forward: Call
             return recording.execute(step.run, step.inputs)
 
         outputs.append(state.recordings.answer(model, part.call, forward, use))
-    return _together(outputs, parts, lists)
+    result = _together(outputs, parts, lists)
+    if state.training and torch.is_grad_enabled():
+        regions = [region for part in parts for region in part.regions * (len(part.rows) // len(part.regions))]
+        state.visits = state.visits + torch.bincount(torch.tensor(regions), minlength=len(state.visits))
+    return result
 
 
 @dataclass(frozen=True)
@@ -205,8 +211,6 @@ def _cut(model: torch.nn.Module, state: DiffCRState, call: Call, forward: Callab
             "every process has to call every block equally often, or all wait for each other forever; draw the timesteps of a batch from "
             "one region, as RegionSampler does, the same in every process."
         )
-    if state.training and torch.is_grad_enabled():
-        state.visits += torch.bincount(torch.tensor(regions), minlength=len(state.visits))
     cache = {region: state.decisions(region) for region in set(regions)}
     groups: dict[tuple[tuple[Decision, ...], int | None], list[int]] = {}
     for row, region in enumerate(regions):
@@ -215,8 +219,7 @@ def _cut(model: torch.nn.Module, state: DiffCRState, call: Call, forward: Callab
         groups.setdefault((cache[region], region if apart else None), []).append(row)
     check_caches(model, state.altered(), len(groups))
     if len(groups) == 1:
-        same = len(set(regions)) == 1
-        return [_Part(call, cache[regions[0]], regions[:1] if same else regions, list(range(len(regions))))], frozenset()
+        return [_Part(call, cache[regions[0]], _once(regions), list(range(len(regions))))], frozenset()
     with _SPLITTING:  # one thread finds it, the others wait
         splitting = state.splittings.get(given(call))
         if splitting is None:  # the first of its kind: it is run on samples alone
@@ -224,10 +227,15 @@ def _cut(model: torch.nn.Module, state: DiffCRState, call: Call, forward: Callab
     if splitting.refusal:
         raise refused(splitting.refusal)
     parts = [
-        _Part(select(call, rows, len(regions), splitting.shared), decisions, [regions[row] for row in rows], rows)
+        _Part(select(call, rows, len(regions), splitting.shared), decisions, _once([regions[row] for row in rows]), rows)
         for (decisions, _), rows in groups.items()
     ]
     return parts, splitting.lists or frozenset()
+
+
+def _once(regions: list[int]) -> list[int]:
+    """Return one entry where all samples share their region: it stands for any number of samples, on whatever axis a block has them."""
+    return regions[:1] if len(set(regions)) == 1 else regions
 
 
 def _together(outputs: list[Any], parts: list[_Part], lists: frozenset[str]) -> Any:

@@ -102,13 +102,15 @@ class DiffCRState(nn.Module):
         """Whether the ratios are fixed."""
         return self.fixed is not None
 
-    def fix(self, ratios: Tensor) -> None:
+    def fix(self, ratios: Tensor, achieved: Achieved) -> None:
         """Run at these ratios ``l r`` from now on, all of them bins: kept counts no longer depend on any tensor."""
+        fixed = tuple(tuple(Decision(self._bin(value)) for value in column) for column in ratios.T.tolist())
+        self._moving = self._altered(ratios)
         self.ratio_table.requires_grad_(False)
         self.ratio_table.grad = None
         self.ratio_table.data.copy_(ratios)
-        self.fixed = tuple(tuple(Decision(self._bin(value)) for value in column) for column in ratios.T.tolist())
-        self._moving = self._altered(ratios)
+        self.achieved = achieved
+        self.fixed = fixed
 
     @property
     def budget(self) -> Budget:

@@ -23,7 +23,7 @@ from torch import fx
 
 from diffcr_surgery.errors import SurgeryError, TraceError
 from diffcr_surgery.trace.key import bind_call, example_call, input_key
-from diffcr_surgery.trace.recording import Recording, Recordings
+from diffcr_surgery.trace.recording import OUT_OF_MEMORY, Recording, Recordings
 
 __all__ = ["Trace", "trace"]
 
@@ -41,7 +41,7 @@ class Trace:
         call = example_call(model.forward, example_inputs)
         try:
             self.recording: Recording = self._recordings.answer(model, call, model.forward, lambda recording: recording)
-        except SurgeryError:
+        except (SurgeryError, *OUT_OF_MEMORY):
             raise
         except Exception as error:  # the model's own complaint about inputs it was not made for
             given = {path: tuple(t.shape) for path, t in zip(call.paths, call.tensors, strict=True)}

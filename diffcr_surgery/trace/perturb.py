@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["generator", "perturb_floats", "perturb_inputs", "shake"]
+__all__ = ["generator", "perturb_floats", "perturb_inputs", "shake", "tame"]
+
+HUGE = 1e4  # larger entries overflow somewhere in a model, in half precision at the latest
 
 
 def generator(seed: int) -> torch.Generator:
@@ -34,6 +36,14 @@ def shake(tensor: torch.Tensor) -> torch.Tensor:
         return perturb_integers(tensor, generator(0)) if tensor.dtype not in (torch.bool, torch.uint8) else ~tensor
     noise = torch.randn(tensor.shape, generator=generator(0)).to(tensor.device, tensor.dtype)
     return tensor.detach() + noise.where(noise != 0, torch.ones_like(noise))
+
+
+def tame(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor with zeros in place of entries that are huge or no finite numbers; itself if there are none."""
+    if not tensor.is_floating_point():
+        return tensor
+    sound = tensor.detach().abs() < HUGE
+    return tensor if bool(sound.all()) else tensor.detach().where(sound, torch.zeros_like(tensor)).requires_grad_(tensor.requires_grad)
 
 
 def perturb_inputs(tensors: list[torch.Tensor], *, integers: bool) -> list[torch.Tensor]:

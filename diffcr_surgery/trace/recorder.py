@@ -211,7 +211,8 @@ class Recorder(TorchFunctionMode):
             for handle in handles:
                 handle.remove()
 
-    def _enter(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    # Torch calls a hook without its last argument in a thread that comes by while the hook is being put on or taken off.
+    def _enter(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
         if threading.get_ident() != self._thread:
             return
         with torch._C.DisableTorchFunction():
@@ -223,7 +224,7 @@ class Recorder(TorchFunctionMode):
             self._stack.append(frame)
             self._starts.append(rng_state(self.device))
 
-    def _leave(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def _leave(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any = None) -> None:
         if threading.get_ident() != self._thread:
             return
         with torch._C.DisableTorchFunction():

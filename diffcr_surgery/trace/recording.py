@@ -18,13 +18,25 @@ from diffcr_surgery.errors import TraceError
 from diffcr_surgery.trace.blocks import block_candidates, block_kind
 from diffcr_surgery.trace.builder import BuiltGraph, StaleRecordingError, build, build_flow, expect
 from diffcr_surgery.trace.key import Call, ModelState, input_key, model_device
-from diffcr_surgery.trace.perturb import perturb_inputs
+from diffcr_surgery.trace.perturb import perturb_inputs, tame
 from diffcr_surgery.trace.recorder import Frame, Recorder, rng_state
 
-__all__ = ["BlockCall", "BlockSample", "Flow", "Recording", "Recordings", "compile_graph", "record", "run_call", "undisturbed"]
+__all__ = [
+    "OUT_OF_MEMORY",
+    "BlockCall",
+    "BlockSample",
+    "Flow",
+    "Recording",
+    "Recordings",
+    "compile_graph",
+    "record",
+    "run_call",
+    "undisturbed",
+]
 
 MAX_RECORDINGS = 64
 MAX_VARIANTS = 16
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)  # it tells of the machine and not of the model, so no trial may take it for an answer
 
 T = TypeVar("T")
 
@@ -363,13 +375,15 @@ def _suspects(recording: Recording) -> str:
 
 
 def _reference(call: Call, forward: Callable[..., Any], rewind: Callable[[], None]) -> tuple[list[torch.Tensor], Any]:
-    """Run the model on perturbed inputs; fewer are perturbed if it cannot take them."""
-    for integers in (True, False):
-        tensors = perturb_inputs(call.tensors, integers=integers)
+    """Run the model on perturbed inputs; fewer are perturbed if it cannot take them, and broken numbers taken out if no output is sound."""
+    for integers, given in ((True, call.tensors), (False, call.tensors), (False, list(map(tame, call.tensors)))):
+        tensors = perturb_inputs(given, integers=integers)
         try:
             output = run_call(call, tensors, forward)
             if _finite(output):
                 return tensors, output
+        except OUT_OF_MEMORY:
+            raise
         except Exception:  # a model may refuse any input by any error; the unperturbed ones are known to work
             pass
         rewind()
@@ -395,7 +409,7 @@ def _sampling(recording: Recording, representatives: dict[Hashable, BlockCall]) 
     thread = threading.get_ident()
 
     def keep(kind: Hashable) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        def hook(module: torch.nn.Module, args: Any, kwargs: Any = None) -> None:  # another thread may come by while it is being put on
             if threading.get_ident() == thread:
                 copy = lambda _, leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf  # noqa: E731
                 recording.samples[kind] = BlockSample(module, *map_leaves((args, kwargs), copy))

@@ -40,6 +40,7 @@ ORDER = (
     "optimizer",
     "specialize",
     "save",
+    "testing",
     "__init__",  # the public names; what follows is written with them
     "demo",
     "bench",

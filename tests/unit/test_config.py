@@ -37,6 +37,7 @@ WRONG = [
     *each("timestep_range", "sequence of finite numbers", (False, True), (0, None), (0, HUGE)),
     *each("timestep_argument", 'name of a forward argument, or "auto"', 3, None, "", ["timestep"]),
     *each("bins", "at least two rising ratios", (), (0,), (0.1, 0.5), (0, 0.5, 0.5), (0, 0.5, 0.4), (0, 1.1), (-0.1, 0, 1)),
+    *each("bins", "at least 0.0001 apart", (0, 0.5, 0.5 + 1e-5), (0, 5e-324, 1)),
     *each("bins", "sequence of finite numbers", 0.5, None, "0, 1", (0, "half"), ("0", "1"), (0, NAN), (False, True), (0, HUGE)),
     *each("gate", "expected one of 'doubled_sigmoid', 'straight_through', 'sigmoid'", "relu", None, 1, ["sigmoid"]),
     *each("branches", "expected one of 'two'", "three", 2, None),
@@ -87,7 +88,7 @@ def test_numbers_and_sequences_take_one_form() -> None:
 
 @st.composite
 def configs(draw: st.DrawFn) -> DiffCRConfig:
-    inner = draw(st.lists(st.floats(0.001, 0.998), unique=True, max_size=6).map(sorted))
+    inner = [step / 1000 for step in sorted(draw(st.sets(st.integers(1, 998), max_size=6)))]
     last = draw(st.floats(0.999, 1))
     top = draw(st.floats(0, 0.99))
     bound = st.floats(-1e6, 1e6)

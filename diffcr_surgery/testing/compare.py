@@ -1,0 +1,92 @@
+"""What the laws compare: trees of tensors, and everything a user could notice about a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffcr_surgery._tree import flatten
+
+__all__ = ["LawError", "first_difference", "same", "snapshot", "what_changed"]
+
+
+class LawError(AssertionError):
+    """A law of the method does not hold; the text says which token, argument or site broke it."""
+
+
+def same(
+    law: str,
+    what: str,
+    actual: Any,
+    expected: Any,
+    *,
+    tolerance: float = 0.0,
+    describe: Callable[[str, tuple[int, ...]], str] | None = None,
+) -> None:
+    """Require two trees of tensors to be equal, bit for bit or to a tolerance.
+
+    Args:
+        law: Name of the law.
+        what: What is compared, for the message.
+        actual: What was found.
+        expected: What should be, with the same structure.
+        tolerance: Largest difference that counts as equal, in units of the largest expected entry (at least 1).
+        describe: Path and index of an entry -> what to add to the message.
+
+    Raises:
+        LawError: Naming the tensor and the entry that differ most.
+    """
+    paths, found, template = flatten(actual)
+    wanted_paths, wanted, wanted_template = flatten(expected)
+    if paths != wanted_paths or type(template) is not type(wanted_template):
+        raise LawError(
+            f"{law}: {what}: a {type(actual).__name__} of the tensors {paths}; expected a {type(expected).__name__} of {wanted_paths}."
+        )
+    for path, one, other in zip(paths, found, wanted, strict=True):
+        name = f"{what}{'.' + path if path else ''}"
+        if one.shape != other.shape or one.dtype != other.dtype:
+            raise LawError(f"{law}: {name} is {tuple(one.shape)} {one.dtype}; expected {tuple(other.shape)} {other.dtype}.")
+        index = first_difference(one, other, tolerance)
+        if index is not None:
+            added = describe(path, index) if describe is not None else ""
+            raise LawError(
+                f"{law}: {name}{list(index)} is {_number(one[index])}; expected {_number(other[index])}.{' ' if added else ''}{added}"
+            )
+
+
+def _number(entry: Tensor) -> str:
+    return f"{entry.item():.9g}" if entry.is_floating_point() else str(entry.item())
+
+
+def first_difference(one: Tensor, other: Tensor, tolerance: float = 0.0) -> tuple[int, ...] | None:
+    """Return the index of the entry that differs most, ``None`` if all are equal to the tolerance (see :func:`same`)."""
+    if torch.equal(one, other) or not one.numel():
+        return None
+    first, second = (t.detach().double() if t.is_floating_point() else t.detach().to(torch.float64) for t in (one, other))
+    gaps = (first - second).abs()
+    gaps = torch.where((first == second) | (first.isnan() & second.isnan()), torch.zeros_like(gaps), gaps).nan_to_num(nan=float("inf"))
+    worst = int(gaps.argmax())
+    finite = second[second.isfinite()].abs()
+    if float(gaps.flatten()[worst]) <= tolerance * max(1.0, float(finite.max()) if finite.numel() else 1.0):
+        return None
+    return tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), one.shape))
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Return all a user could notice about a model: classes, attributes, modes, hooks; tensors by identity and bits; random state."""
+    found: dict[str, Any] = {"the random state": torch.get_rng_state().numpy().tobytes(), "the state-dict keys": list(model.state_dict())}
+    for name, module in model.named_modules():
+        hooks = {key: list(value.items()) for key, value in vars(module).items() if "hook" in key and value}
+        found[f"module {name or '(the model)'}"] = (type(module), module.training, sorted(vars(module)), hooks)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        bits = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        found[f"tensor {name}"] = (id(tensor), tensor.data_ptr(), tensor.requires_grad, tensor.dtype, bits, id(tensor.grad))
+    return found
+
+
+def what_changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Return the names of what differs between two snapshots."""
+    return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))

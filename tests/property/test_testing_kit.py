@@ -1,0 +1,209 @@
+"""The laws of `diffcr_surgery.testing` over the models it draws, and on the six real classes; then laws that are broken on purpose."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, find, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import diffcr_surgery as dcs
+from diffcr_surgery import testing as dt
+from diffcr_surgery.axes import parse_axes
+from diffcr_surgery.rewrite import ops
+from diffcr_surgery.testing import laws
+from diffcr_surgery.testing.strategies import architectures
+from diffcr_surgery.tokens import gather_each
+from tests.models import CASES, Case
+from tests.property.scenarios import few
+
+LAWS = [
+    dt.check_conversion,
+    dt.check_bypass,
+    dt.check_mixed_timesteps,
+    dt.check_gradients,
+    dt.check_round_trip,
+    dt.check_specialization,
+]
+each_law = pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+drawn = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much])
+
+
+@each_law
+@given(data=st.data())
+@drawn
+def test_laws_hold_for_drawn_denoisers(law: Callable[..., None], data: st.DataObject) -> None:
+    model = data.draw(dt.denoisers())
+    config = data.draw(dt.configs(model))
+    law(model, data.draw(dt.inputs_for(model)), config)
+
+
+@given(data=st.data())
+@drawn
+def test_laws_take_converted_models_with_the_ratios_they_have(data: st.DataObject) -> None:
+    model = data.draw(dt.denoisers())
+    inputs = data.draw(dt.inputs_for(model))
+    dcs.convert_(model, inputs, data.draw(dt.configs(model)))
+    table = data.draw(dt.ratio_tables(model))
+    with torch.no_grad():
+        dcs.ratio_table(model).copy_(table)
+        for router in model.diffcr.routers.values():
+            router.weight.normal_(generator=torch.Generator().manual_seed(0))
+    before = copy.deepcopy(model.state_dict())
+    data.draw(st.sampled_from([law for law in LAWS if law is not dt.check_conversion]))(model, inputs)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@given(drawn_block=dt.blocks_with_pattern())
+@drawn
+def test_declared_patterns_agree_with_the_proof(drawn_block: tuple[dcs.BlockPattern, nn.Module, dict[str, Any]]) -> None:
+    """The laws' own permutations and the library's accept what is true, and reject it with any argument left out."""
+    dt.check_pattern(*drawn_block)
+
+
+@given(data=st.data())
+@drawn
+def test_the_search_finds_what_moves_and_what_stays(data: st.DataObject) -> None:
+    """Whatever the sizes, what is found is the truth; many like lengths at once may exhaust the search, and leave a block dense."""
+    model = data.draw(dt.denoisers())
+    inputs = data.draw(dt.inputs_for(model))
+    form, text = model.form, inputs.get("text")
+    plan = dcs.plan(model, inputs)
+    staying = form.registers + (text.shape[1] if text is not None and form.text_inside else 0)
+    for number, site in enumerate(plan.sites):
+        if not site.routed:
+            assert number and "no set" in site.reason
+            continue
+        moving = {name for name in form.moving if name != "skip" or hasattr(model.blocks[number], "merge")}
+        assert set(site.aligned) == moving
+        assert (site.tokens, site.staying) == (inputs["latent"].shape[-2], staying)
+
+
+@each_law
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@given(data=st.data())
+@few
+def test_laws_hold_for_real_classes(case: Case, law: Callable[..., None], data: st.DataObject) -> None:
+    model = case.build(data.draw(st.integers(0, 99)), label_dropout=law is dt.check_conversion)
+    config = data.draw(dt.configs(timestep_range=case.timestep_range))
+    inputs = case.inputs(model, data.draw(st.integers(1, 3)), data.draw(st.integers(0, 99)))
+    law(model, inputs, config, **{"shared": case.shared} if law is dt.check_mixed_timesteps else {})
+
+
+@given(form=architectures(), seed=st.integers(0, 99))
+@drawn
+def test_a_drawn_model_prints_as_the_code_that_builds_it(form: dt.Architecture, seed: int) -> None:
+    model = dt.Denoiser(form, seed)
+    again = eval(repr(model), {"Denoiser": dt.Denoiser, "Architecture": dt.Architecture})
+    assert again.form == form
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+@given(pattern=dt.block_patterns())
+@drawn
+def test_drawn_patterns_are_well_formed(pattern: dcs.BlockPattern) -> None:
+    assert dcs.BlockPattern(pattern.name, pattern.target, dict(pattern.inputs), pattern.outputs) == pattern
+    assert all(str(parse_axes(words)) == " ".join(words.split()) for words in pattern.inputs.values())
+
+
+def forgets_the_table(x: Tensor, kept: Tensor, pattern: str, tokens: int) -> Tensor:
+    """A planted bug: a table `n d` shared by the samples is cut to length instead of gathered."""
+    if pattern.split()[:1] != ["n"] or pattern.count("n") > 1:
+        return gather_each(x, kept, pattern, tokens)
+    return x[: kept.shape[1]].expand(len(kept), -1, -1)
+
+
+def test_a_planted_bug_shrinks_to_one_block_and_three_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffcr_surgery.rewrite.emit.gather_each", forgets_the_table)
+
+    def breaks(situation: tuple[dt.Denoiser, dict[str, Any], dcs.DiffCRConfig]) -> bool:
+        try:
+            dt.check_bypass(*situation)
+        except dt.LawError:
+            return True
+        return False
+
+    situations = dt.denoisers().flatmap(lambda model: st.tuples(st.just(model), dt.inputs_for(model), dt.configs(model)))
+    model, inputs, config = find(situations, breaks, settings=settings(max_examples=2000, deadline=None, database=None))
+    assert repr(model) == "Denoiser(Architecture(rotary='shared'))"
+    assert inputs["latent"].shape == (2, 3, 4)  # two samples keep two tokens each: of one alone, its angle means nothing
+    assert config.timestep_regions == 1
+    with pytest.raises(
+        dt.LawError, match=r"check_bypass: the output\[\d, \d, \d\] is .*; expected .*\. The last routed block before it is blocks\.0\."
+    ):
+        dt.check_bypass(model, inputs, config)
+
+
+SITUATION = dt.Denoiser(dt.Architecture(depth=2, condition="sample"))
+CALL = {"latent": torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(0)), "timestep": torch.tensor([10.0, 500.0, 990.0])}
+CONFIG = dcs.DiffCRConfig(timestep_regions=2, timestep_range=(0, 1000))
+
+
+def test_bypass_names_the_token_that_was_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    scatter = dcs.rewrite.emit.scatter_tokens
+    monkeypatch.setattr("diffcr_surgery.rewrite.emit.scatter_tokens", lambda *given: scatter(*given) + 1e-6)
+    with pytest.raises(dt.LawError, match=r"token \d of sample \d bypassed blocks\.0, and did not leave it as it entered"):
+        dt.check_bypass(SITUATION, CALL, CONFIG)
+
+
+def test_gradients_name_the_site_they_do_not_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = ops.blend_weight
+    monkeypatch.setattr(ops, "blend_weight", lambda table, site, *rest: weight(table.detach() if site else table, site, *rest))
+    with pytest.raises(dt.LawError, match=r"no gradient reaches the ratio of blocks\.1 in region 0"):
+        dt.check_gradients(SITUATION, CALL, CONFIG)
+
+
+def test_conversion_names_what_planning_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = copy.deepcopy(SITUATION)
+    planned = laws.plan
+
+    def touching(copied: nn.Module, *given: Any) -> dcs.SurgeryPlan:
+        copied.blocks[1].out.bias.data.add_(1.0)
+        return planned(copied, *given)
+
+    monkeypatch.setattr(laws, "plan", touching)
+    with pytest.raises(dt.LawError, match=r"check_conversion: planning has changed tensor blocks\.1\.out\.bias"):
+        dt.check_conversion(model, CALL, CONFIG)
+
+
+def test_specialization_names_site_and_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffcr_surgery.rewrite.emit.kept_count", lambda ratio, tokens, staying=0: max(1, tokens - int(ratio * tokens) - 1))
+    with pytest.raises(dt.LawError, match=r"blocks\.\d was given \[\d\] tokens; at the ratios \{.*\} of 6 it has to be \[\d(, \d)*\]"):
+        dt.check_specialization(SITUATION, CALL, CONFIG)
+
+
+def test_patterns_are_told_what_is_missing_or_needless() -> None:
+    block, angles = dt.Denoiser(dt.Architecture(block="cross", rotary="shared")).blocks[0], torch.randn(5, 4)
+    call = {"x": torch.randn(2, 5, 4), "text": torch.randn(2, 5, 4), "rotary": (angles.cos(), angles.sin())}
+    target, truth = "diffcr_surgery.testing.denoisers:Block", {"x": "b n c", "rotary.0": "n d", "rotary.1": "n d"}
+    dt.check_pattern(dcs.BlockPattern("true", target, truth), block, call)
+    for inputs, text in (
+        (
+            {"x": "b n c", "rotary.0": "n d"},
+            r"raises RuntimeError on permuted or on fewer tokens: .* 'rotary\.1' has to move with the tokens too, as 'n d'",
+        ),
+        (truth | {"text": "b n c"}, r"moves 'text', which need not move"),
+        ({"x": "b n c"}, r"No single argument more or less makes it true"),
+        ({"x": "b n c", "rotary.0": "n c d"}, r"'rotary\.0' is written 'n c d', and has the shape \(5, 4\)"),
+        ({"words": "b n c"}, r"names the stream 'words'; the call's tensors are \['rotary\.0', 'rotary\.1', 'text', 'x'\]"),
+    ):
+        with pytest.raises(dt.LawError, match=text):
+            dt.check_pattern(dcs.BlockPattern("planted", target, inputs), block, call)
+    with pytest.raises(dt.LawError, match=r"is for elsewhere:Block; the block is a diffcr_surgery\.testing\.denoisers:Block"):
+        dt.check_pattern(dcs.BlockPattern("true", "elsewhere:Block", truth), block, call)
+    with pytest.raises(dt.LawError, match="holds a single token; give at least two"):
+        dt.check_pattern(dcs.BlockPattern("true", target, {"x": "b n c"}), block, {"x": torch.randn(2, 1, 4)})
+
+
+def test_inputs_like_a_call_keep_its_form() -> None:
+    like = {"x": torch.randn(2, 3), "more": (torch.tensor([1, 2]), "text"), "flag": True}
+    with pytest.raises(TypeError, match="inputs_for knows the models of denoisers"):
+        dt.inputs_for(nn.Identity())
+    found = find(dt.inputs_for(nn.Identity(), like=like), lambda _: True)
+    assert found["x"].shape == (2, 3) and bool((found["x"].abs() < like["x"].abs() + 1e-9).all())
+    assert found["more"][0] is like["more"][0] and found["more"][1] == "text" and found["flag"] is True

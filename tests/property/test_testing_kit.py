@@ -129,7 +129,7 @@ def test_a_planted_bug_shrinks_to_one_block_and_three_tokens(monkeypatch: pytest
         return False
 
     situations = dt.denoisers().flatmap(lambda model: st.tuples(st.just(model), dt.inputs_for(model), dt.configs(model)))
-    model, inputs, config = find(situations, breaks, settings=settings(max_examples=2000, deadline=None, database=None))
+    model, inputs, config = find(situations, breaks, settings=settings(max_examples=2000, deadline=None, database=None, derandomize=True))
     assert repr(model) == "Denoiser(Architecture(rotary='shared'))"
     assert inputs["latent"].shape == (2, 3, 4)  # two samples keep two tokens each: of one alone, its angle means nothing
     assert config.timestep_regions == 1

@@ -20,6 +20,7 @@ from diffcr_surgery._tree import fill, flatten, map_leaves
 from diffcr_surgery.detect import named_leaves
 from diffcr_surgery.plan import BlockSite, SurgeryPlan
 from diffcr_surgery.trace import Trace
+from diffcr_surgery.trace.key import example_call, input_key
 
 __all__ = ["ByHand", "Run", "Way", "bracket", "gather", "kept_count"]
 
@@ -75,27 +76,34 @@ class ByHand:
 
     Args:
         model: The model, not converted, in the mode to run in.
-        inputs: Arguments of the call.
+        inputs: Arguments of a call to record.
         plan: Which blocks are routed and what moves with their tokens.
     """
 
     def __init__(self, model: nn.Module, inputs: Any, plan: SurgeryPlan) -> None:
         self.model, self.plan = model, plan
         self.trace = Trace(model, inputs)
+        self.readers: dict[int, tuple[str, str]] = {}
         self.rows = {(site.path, site.occurrence): row for row, site in enumerate(plan.routed_sites)}
         self.dense = {(site.path, site.occurrence) for site in plan.sites if not site.routed}
 
     @torch.no_grad()
-    def run(self, ways: Sequence[Sequence[Way]], weights: Mapping[int, Tensor], observed: Mapping[int, Tensor]) -> Run:
-        """Run the call.
+    def run(
+        self, arguments: Mapping[str, Any], ways: Sequence[Sequence[Way]], weights: Mapping[int, Tensor], observed: Mapping[int, Tensor]
+    ) -> Run:
+        """Run a call, on the recording there is if it fits.
 
         Args:
+            arguments: Of the call, by name.
             ways: The ways through each site.
             weights: Row of each router -> its weight, ``1 c``.
             observed: Row of a router -> the scores ``b n`` the converted model gave. They decide between tokens, so that rounding does not.
         """
         run, seen = Run(), dict[str, int]()
-        graph, call = self.trace.recording.graph, self.trace.call
+        call, recording = example_call(self.model.forward, arguments), self.trace.recording
+        if recording.guarded or input_key(call) != self.trace.key or not recording.fits(call):
+            self.trace = Trace(self.model, arguments)
+        graph = self.trace.recording.graph
         noise = torch.Generator().manual_seed(0)
         inputs = iter([*call.tensors, *self.trace.recording.constants])
         latent = _latent(call.paths, call.tensors, graph, self.trace)

@@ -35,6 +35,10 @@ def test_readme_code_runs(tmp_path, monkeypatch):
     for line, text in code:
         # Blank lines in front, so that a traceback shows the README's own line numbers.
         exec(compile("\n" * line + text, "README.md", "exec"), namespace)
+    tests = [value for name, value in namespace.items() if name.startswith("test_")]
+    assert tests
+    for test in tests:  # of the example of a maintainer's test file
+        test()
 
 
 @pytest.mark.parametrize("module", MODULES)

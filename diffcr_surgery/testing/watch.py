@@ -1,0 +1,162 @@
+"""Watch a converted model through hooks, and compare what is seen with the method done by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffcr_surgery._tree import flatten
+from diffcr_surgery.detect import named_leaves
+from diffcr_surgery.plan import BlockSite, SurgeryPlan
+from diffcr_surgery.testing.by_hand import ByHand, Run, Way
+from diffcr_surgery.testing.compare import LawError, same
+from diffcr_surgery.testing.pair import Pair, call, rounding
+
+__all__ = ["compare_by_hand", "lengths_of"]
+
+_CLOSE = 1e-6  # scores nearer than this, yet not equal, may change places by rounding
+
+
+@contextmanager
+def lengths_of(model: nn.Module, planned: SurgeryPlan) -> Iterator[dict[int, set[int]]]:
+    """Collect how many tokens each site's block is given."""
+    found: dict[int, set[int]] = {}
+
+    def hook(path: str, rows: list[int]) -> Any:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            for row in rows:
+                stream, axes = next(iter(planned.routed_sites[row].aligned.items()))
+                found.setdefault(row, set()).add(named_leaves(module, args, kwargs, Tensor)[stream][1].shape[axes.split().index("n")])
+
+        return see
+
+    rows: dict[str, list[int]] = {}
+    for row, site in enumerate(planned.routed_sites):
+        rows.setdefault(site.path, []).append(row)
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(hook(path, of), with_kwargs=True) for path, of in rows.items() if len(of) == 1
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class _Seen:
+    """What hooks saw of a converted model: row of each router -> the stream ``b n c`` it was given and its scores ``b n``."""
+
+    streams: dict[int, Tensor] = field(default_factory=dict)
+    scores: dict[int, Tensor] = field(default_factory=dict)
+    read: dict[int, Tensor] = field(default_factory=dict)
+
+
+def _plain(x: Tensor, site: BlockSite) -> Tensor:
+    """Bring a stream, or scores of it, into ``b n`` order."""
+    words = next(iter(site.aligned.values())).split()
+    return x[None] if "b" not in words else x.movedim((words.index("b"), words.index("n")), (0, 1))
+
+
+@contextmanager
+def _watched(pair: Pair, readers: Mapping[int, tuple[str, str]]) -> Iterator[_Seen]:
+    """Watch the routers, and the modules that read the streams behind sites."""
+    seen, sites = _Seen(), pair.plan.routed_sites
+
+    def at_router(row: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], scores: Tensor) -> None:
+            seen.streams[row] = _plain(args[0].detach().clone(), sites[row])
+            seen.scores[row] = _plain(scores.detach().clone(), sites[row])
+
+        return hook
+
+    def at_reader(row: int, path: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            paths, tensors, _ = flatten((args, kwargs))
+            if path in paths:
+                seen.read[row] = _plain(tensors[paths.index(path)].detach().clone(), sites[row])
+
+        return hook
+
+    handles = [router.register_forward_hook(at_router(int(row))) for row, router in pair.state.routers.items()]
+    for row, (module, path) in readers.items():
+        handles.append(pair.converted.get_submodule(module).register_forward_pre_hook(at_reader(row, path), with_kwargs=True))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def compare_by_hand(
+    law: str, pair: Pair, hand: ByHand, arguments: dict[str, Any], ways: Sequence[Sequence[Way]], what: str = "the output"
+) -> bool:
+    """Compare a call with the method done by hand.
+
+    Args:
+        law: Name of the law.
+        pair: Converted and original.
+        hand: What does the method by hand on the original.
+        arguments: Of the call; all its samples run at the same ratios.
+        ways: The ways through each site.
+        what: What is compared, for the message.
+
+    Returns:
+        Whether rounding could have decided between two tokens; then nothing was compared.
+
+    Raises:
+        LawError: Naming the site, sample and token.
+    """
+    with torch.no_grad():
+        with _watched(pair, hand.readers) as seen:
+            output = call(pair.converted, arguments)
+        if any(_close_call(scores) for scores in seen.scores.values()):
+            return True
+        weights: dict[int, Tensor] = {int(row): router.weight for row, router in pair.state.routers.items()}  # type: ignore[misc]
+        run = hand.run(arguments, ways, weights, seen.scores)
+        if run.readers != hand.readers:
+            hand.readers = run.readers
+            with _watched(pair, hand.readers) as seen:
+                output = call(pair.converted, arguments)
+    sites = pair.plan.routed_sites
+    for row in sorted(seen.streams):
+        where = f"{what}: the stream that enters {sites[row].path}"
+        same(law, where, seen.streams[row], run.entered[row], tolerance=rounding(seen.streams[row]), describe=_told(run, sites, row))
+        same(law, f"{what}: the scores at {sites[row].path}", seen.scores[row], run.scores[row], tolerance=rounding(seen.streams[row]))
+    for row, site in enumerate(sites):
+        after = seen.read.get(
+            row, next((seen.streams[n] for n, before in run.continues.items() if before == row and n in seen.streams), None)
+        )
+        if row not in seen.streams or after is None or len({way.ratio for way in ways[row]}) > 1:
+            continue
+        moved = (after != seen.streams[row]).any(-1) & run.bypassed[row]
+        if bool(moved.any()):
+            sample, token = moved.nonzero()[0].tolist()
+            raise LawError(f"{law}: {what}: token {token} of sample {sample} bypassed {site.path}, and did not leave it as it entered.")
+    same(law, what, output, run.output, tolerance=rounding(output), describe=_told(run, sites, len(sites)))
+    return False
+
+
+def _told(run: Run, sites: Sequence[BlockSite], row: int) -> Any:
+    """Return what says which token of which site went wrong."""
+
+    def describe(_: str, index: tuple[int, ...]) -> str:
+        if row == 0 or row - 1 not in run.bypassed:
+            return ""
+        mask = run.bypassed[row - 1]
+        if len(index) < 2 or row == len(sites) or index[0] >= mask.shape[0] or index[1] >= mask.shape[1]:
+            return f"The last routed block before it is {sites[row - 1].path}."
+        fate = "bypassed" if bool(mask[index[0], index[1]]) else "was kept by"
+        return f"Token {index[1]} of sample {index[0]} {fate} {sites[row - 1].path}, the routed block before."
+
+    return describe
+
+
+def _close_call(scores: Tensor) -> bool:
+    gaps = scores.sort(dim=1).values.diff(dim=1)
+    return bool(((gaps > 0) & (gaps < _CLOSE)).any())

@@ -8,7 +8,6 @@ import math
 import numbers
 import re
 import reprlib
-import warnings
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -209,10 +208,8 @@ def _check_expression(name: str, value: Any) -> None:
         problem = f" (longer than {LONGEST} characters)"
     try:
         if value is not None and not problem:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")  # re warns of what a later Python will read in another way
-                re.compile(value)
-    except (re.error, ValueError, OverflowError, RecursionError, Warning) as error:
+            re.compile(value)
+    except (re.error, ValueError, OverflowError, RecursionError) as error:
         problem = f" ({shown(str(error))})"
     if problem:
         raise ConfigError(f"{name}={shown(value)}{problem}: expected a regular expression for qualified block names, or None.")

@@ -17,7 +17,7 @@ from diffcr_surgery.axes import parse_axes
 from diffcr_surgery.config import shown
 from diffcr_surgery.errors import PatternError
 
-__all__ = ["BlockPattern", "pattern_of", "register_pattern"]
+__all__ = ["BlockPattern", "names_class", "pattern_of", "register_pattern"]
 
 ENTRY_POINTS = "diffcr_surgery.patterns"
 OFF_SWITCH = "DIFFCR_SURGERY_NO_PLUGINS"
@@ -133,7 +133,7 @@ def pattern_of(block: torch.nn.Module) -> BlockPattern | None:
     """
     _load_plugins()
     known = list(_REGISTRY.values())
-    matches = [(cls, pattern) for cls in type(block).__mro__ for pattern in known if _names(pattern.target, cls)]
+    matches = [(cls, pattern) for cls in type(block).__mro__ for pattern in known if names_class(pattern.target, cls)]
     if not matches:
         return None
     best, pattern = matches[0]
@@ -146,7 +146,7 @@ def pattern_of(block: torch.nn.Module) -> BlockPattern | None:
     return pattern
 
 
-def _names(target: str, cls: type) -> bool:
+def names_class(target: str, cls: type) -> bool:
     """Tell whether a target is ``cls``, by its own name or by one it is exported under; a module not yet imported stays so."""
     if target == f"{cls.__module__}:{cls.__qualname__}":
         return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -25,7 +26,7 @@ from diffcr_surgery.tokens import staying_count
 from diffcr_surgery.trace import Trace
 from diffcr_surgery.trace.recording import Recording
 
-__all__ = ["BlockSite", "SurgeryPlan", "plan", "routed_call"]
+__all__ = ["BlockSite", "SurgeryPlan", "plan", "plan_blocks", "routed_call"]
 
 
 @dataclass(frozen=True)
@@ -173,12 +174,17 @@ def plan(model: torch.nn.Module, example_inputs: Any, config: DiffCRConfig | Non
     config = DiffCRConfig() if config is None else config
     if not isinstance(config, DiffCRConfig):
         raise ConfigError(f"config is a {type(config).__name__}; expected a DiffCRConfig.")
+    return plan_blocks(model, example_inputs, config)
+
+
+def plan_blocks(model: torch.nn.Module, example_inputs: Any, config: DiffCRConfig, only: Collection[str] | None = None) -> SurgeryPlan:
+    """Do what :func:`plan` does; ``only`` are the paths of the blocks to route, whatever the configuration's expression for them."""
     if hasattr(model, "diffcr"):
         raise ConversionError(f"This {type(model).__name__} is converted already; call restore_(model) first to plan anew.")
     recorded = Trace(model, example_inputs)
     regions = timestep_regions(config, recorded.call.arguments)
     calls = site_calls(recorded.recording)
-    sites = tuple(_block_site(recorded.recording, call, config) for call in calls)
+    sites = tuple(_block_site(recorded.recording, call, config, only) for call in calls)
     if not any(site.routed for site in sites):
         raise NoRoutableBlockError(_no_block(model, sites))
     routed = [call for call, site in zip(calls, sites, strict=True) if site.routed]
@@ -224,12 +230,13 @@ def _qualified(model: torch.nn.Module) -> str:
     return f"{type(model).__module__}.{type(model).__qualname__}"
 
 
-def _block_site(recording: Recording, call: SiteCall, config: DiffCRConfig) -> BlockSite:
+def _block_site(recording: Recording, call: SiteCall, config: DiffCRConfig, only: Collection[str] | None) -> BlockSite:
     name = type(recording.blocks[call.node].module).__name__
     found: Alignment = call.alignment
     reason = found.reason
     routable, hint = found.routable, (found, call.outside)
-    if routable and config.blocks is not None and not re.fullmatch(config.blocks, call.path):
+    chosen = config.blocks is None or (call.path in only if only is not None else re.fullmatch(config.blocks, call.path) is not None)
+    if routable and not chosen:
         routable, reason = False, f"left out by blocks={config.blocks!r}"
     if routable and (used_items(call.node) is None or found.output.count(".")):
         routable, reason = False, "its outputs are handed on as a whole, so the stream cannot be replaced among them"

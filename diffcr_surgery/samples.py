@@ -26,6 +26,10 @@ Run = Callable[[Call, list[Tensor]], Any]
 # By these a hook that moves or casts the stored weights reads and writes them, and must not find noise there.
 _STORES = frozenset("__get__ __set__ to cpu cuda float half bfloat16 double type clone detach pin_memory record_stream".split())
 
+_WRITES = frozenset(f"__i{name}__" for name in "add sub mul truediv div floordiv mod pow and or xor lshift rshift matmul".split()) | {
+    "__setitem__"
+}
+
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
@@ -52,7 +56,7 @@ class _Awake(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in _STORES or name.endswith("_"):
+        if name in _STORES or name in _WRITES or (name.endswith("_") and not name.endswith("__")):
             return func(*args, **(kwargs or {}))
         args, kwargs = map_leaves((args, kwargs or {}), lambda _, leaf: self._awake(leaf) if isinstance(leaf, Tensor) else leaf)
         return func(*args, **kwargs)

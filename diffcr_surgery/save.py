@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from diffcr_surgery._shards import is_sharded, several_processes, whole
 from diffcr_surgery.atomic import sync
 from diffcr_surgery.config import DiffCRConfig, shown
 from diffcr_surgery.errors import AdapterError, ConfigError, ConversionError
-from diffcr_surgery.plan import SurgeryPlan, plan
+from diffcr_surgery.plan import SurgeryPlan, plan_blocks
 from diffcr_surgery.runtime.convert import convert_, restore_, state_of
 
 __all__ = ["load_adapter_", "save_adapter"]
@@ -125,8 +124,8 @@ def _left_out(planned: SurgeryPlan) -> list[str]:
 def load_adapter_(model: torch.nn.Module, directory: str | os.PathLike[str], example_inputs: Any) -> torch.nn.Module:
     """Convert a model and give it the routers and ratios of a saved adapter, in place.
 
-    Everything is read and checked before the model is touched: a file that is damaged, or made to do harm, is refused. Nothing in it is
-    run, not even its expression for blocks, for the blocks are listed beside it.
+    Everything is read and checked before the model is touched. A file that is damaged or was edited by hand is refused, and one that was
+    made to do harm can do none but by its numbers: nothing in it is run, not even its expression for blocks, for the blocks are listed.
 
     Args:
         model: A model of the class, and with the blocks, the adapter was trained on; not converted.
@@ -161,10 +160,12 @@ def load_adapter_(model: torch.nn.Module, directory: str | os.PathLike[str], exa
             f"{type(model).__module__}.{type(model).__qualname__}. Load it into a model of that class."
         )
     # What sites cost is in the file, and is not measured again. Nor is its expression for blocks matched: it could take for ever.
-    blocks = None if config.blocks is None else _expression(model, settings)
-    planned = plan(model, example_inputs, replace(config, cost="tokens", target_share=None, blocks=blocks))
-    rows, found = settings["sites"], _site_rows(planned)
-    foreign = sorted(set(_left_out(planned)) - set(settings.get("left_out", []))) if blocks else []
+    rows = settings["sites"]
+    unmeasured = replace(config, cost="tokens", target_share=None)
+    planned = plan_blocks(model, example_inputs, unmeasured, {row["path"] for row in rows} if config.blocks is not None else None)
+    found = _site_rows(planned)
+    # A deeper model than the adapter's would pass for one whose last blocks were left out. (Older files do not list those.)
+    foreign = sorted(set(_left_out(planned)) - set(settings["left_out"])) if config.blocks is not None and "left_out" in settings else []
     if foreign or found != rows:
         raise AdapterError(
             f"The adapter in {folder} belongs to a model with the routed blocks {shown([row['path'] for row in rows])} of width "
@@ -178,12 +179,6 @@ def load_adapter_(model: torch.nn.Module, directory: str | os.PathLike[str], exa
         restore_(model)
         raise
     return model
-
-
-def _expression(model: torch.nn.Module, settings: dict[str, Any]) -> str | None:
-    """Return an expression for the blocks that the settings list, as far as the model has them."""
-    listed = {row["path"] for row in settings["sites"]}
-    return "|".join(re.escape(path) for path, _ in model.named_modules() if path in listed) or None
 
 
 def _fill(model: torch.nn.Module, settings: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path) -> None:

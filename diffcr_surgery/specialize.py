@@ -69,6 +69,8 @@ def specialize_(
     state = state_of(model)
     converted = next(module for module in model.modules() if module._modules.get("diffcr") is state)
     with changing(converted):
+        if converted._modules.get("diffcr") is not state:  # restored by another thread meanwhile
+            state_of(model)
         return _specialize(model, converted, state, budget, cost, example_inputs)
 
 

@@ -33,9 +33,8 @@ class Way(NamedTuple):
 
 
 def kept_count(ratio: float, moving: int) -> int:
-    """Return ⌈(1 − ρ)·n⌉, never 0, in exact arithmetic."""
-    share = 1 - Fraction(ratio).limit_denominator(1000)
-    return max(1, min(moving, math.ceil(share * moving)))
+    """Return ⌈(1 − ρ)·n⌉, never 0, in exact arithmetic on the ratio as it is written."""
+    return max(1, min(moving, math.ceil((1 - Fraction(repr(float(ratio)))) * moving)))
 
 
 def bracket(ratio: float, bins: Sequence[float]) -> list[Way]:
@@ -55,6 +54,7 @@ class Run:
         scores: Row of each router -> its scores, ``b n``.
         bypassed: Row of each site -> which tokens bypassed it, on the way that keeps most, ``b n``.
         continues: Row of each site whose stream is just what another site left -> that other's row.
+        margin: How near two tokens came, one kept and one not: the smallest difference of their scores, unless they were equal.
         readers: Row of each site -> a module that reads the very stream it left, and where among its ``(args, kwargs)``.
     """
 
@@ -65,6 +65,7 @@ class Run:
     continues: dict[int, int] = field(default_factory=dict)
     readers: dict[int, tuple[str, str]] = field(default_factory=dict)
     left: dict[int, Tensor] = field(default_factory=dict)
+    margin: float = math.inf
 
     def source_of(self, tensor: Tensor) -> int | None:
         """Return the row of the site that left this very tensor."""
@@ -119,7 +120,8 @@ class ByHand:
                     env[node] = (value, value)
                 continue
             if node.op == "get_attr":
-                env[node] = (operator.attrgetter(node.target)(self.model),) * 2
+                value = operator.attrgetter(node.target)(self.model)
+                env[node] = (value, value.clone() if isinstance(value, Tensor) else value)
                 continue
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n][0])
             other_args, other_kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n][1])
@@ -157,6 +159,8 @@ def _latent(paths: list[str], tensors: list[Tensor], graph: fx.Graph, trace: Tra
     def alike(shape: tuple[int, ...]) -> bool:
         return any(len(shape) == len(s) and sum(a != b for a, b in zip(shape, s, strict=True)) <= 1 for s in shapes)
 
+    if not candidates:
+        raise ValueError(f"None of the call's tensors {paths} is a latent: a floating-point tensor with at least two axes.")
     found = next((i for i in candidates if alike(tuple(tensors[i].shape))), candidates[0])
     return {i for i in candidates if paths[i].split(".")[0] == paths[found].split(".")[0]}
 
@@ -174,7 +178,9 @@ def _carried(given: Any, other: Any, result: Any, source: torch.Generator) -> An
     def twin(_: str, leaf: Any) -> Any:
         marks = [a != b for a, b in pairs if isinstance(leaf, Tensor) and leaf.is_floating_point() and a.shape == leaf.shape]
         mark = next((m for m in marks if bool(m.any())), None)
-        return leaf if mark is None else _noised(leaf, mark.any(-1, keepdim=True).expand_as(mark), source)
+        if mark is None:
+            return leaf.clone() if isinstance(leaf, Tensor) else leaf  # the model may write into it
+        return _noised(leaf, mark.any(-1, keepdim=True).expand_as(mark), source)
 
     return map_leaves(result, twin)
 
@@ -217,7 +223,7 @@ class _Site:
             run.scores[router] = torch.sigmoid((x @ weights[router].detach().to(x).T)[..., 0].float())
         scores = run.scores[router]
         deciding = observed.get(router, scores)
-        sets = [self._kept(deciding, way.ratio) for way in ways]
+        sets = [self._kept(deciding, way.ratio, run) for way in ways]
         run.bypassed[self.row] = torch.stack([torch.ones(x.shape[1], dtype=torch.bool).index_fill(0, kept, False) for kept in sets[0]])
         before = run.source_of(self.named[self.stream][1])
         if before is not None:
@@ -259,7 +265,7 @@ class _Site:
         key = int(self.output) if self.output.isdigit() else self.output
         return (left, other) if self.output == "" else ({key: left}, {key: other})
 
-    def _kept(self, scores: Tensor, ratio: float) -> list[Tensor]:
+    def _kept(self, scores: Tensor, ratio: float, run: Run) -> list[Tensor]:
         """Return the kept tokens of each sample in rising order: all that stay, and the best of the others, ties to the lower index."""
         staying = int((~self.moves).sum(1).max())
         count = staying + kept_count(ratio, self.moves.shape[1] - staying)
@@ -267,6 +273,8 @@ class _Site:
         for moves, row in zip(self.moves.tolist(), scores.tolist(), strict=True):
             ranked = sorted(range(len(row)), key=lambda token: (moves[token], -row[token], token))
             found.append(torch.tensor(sorted(ranked[:count])))
+            if 0 < count < len(row) and moves[ranked[count - 1]] and row[ranked[count - 1]] > row[ranked[count]]:
+                run.margin = min(run.margin, row[ranked[count - 1]] - row[ranked[count]])
         return found
 
     def _gates(self, scores: Tensor, moves: Tensor, kept: Tensor) -> Tensor:
@@ -292,7 +300,8 @@ class _Site:
         return template, [torch.cat(parts, axis) for parts, axis in zip(zip(*taken, strict=True), axes, strict=True)], stream_at
 
     def _batch_of(self, output: Tensor, samples: int, stream: bool) -> int:
-        return self.batch_axis or 0 if stream or output.shape[0] != samples else 0
+        in_front = not stream and output.ndim > 0 and output.shape[0] == samples
+        return 0 if in_front else self.batch_axis or 0
 
     def _arguments(self, kept: Tensor) -> tuple[Any, Any]:
         """Return the block's arguments with everything that moves gathered at the kept tokens."""

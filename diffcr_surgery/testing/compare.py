@@ -13,6 +13,9 @@ from diffcr_surgery._tree import flatten
 __all__ = ["LawError", "first_difference", "same", "snapshot", "what_changed"]
 
 
+_PLAIN = (bool, int, float, str, tuple, type(None))
+
+
 class LawError(AssertionError):
     """A law of the method does not hold; the text says which token, argument or site broke it."""
 
@@ -76,11 +79,15 @@ def first_difference(one: Tensor, other: Tensor, tolerance: float = 0.0) -> tupl
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Return all a user could notice about a model: classes, attributes, modes, hooks; tensors by identity and bits; random state."""
+    """Return what a user could notice about a model.
+
+    Classes, names of attributes, values of those that are plain, modes and hooks; tensors by identity and bits; the CPU's random state.
+    """
     found: dict[str, Any] = {"the random state": torch.get_rng_state().numpy().tobytes(), "the state-dict keys": list(model.state_dict())}
     for name, module in model.named_modules():
         hooks = {key: list(value.items()) for key, value in vars(module).items() if "hook" in key and value}
-        found[f"module {name or '(the model)'}"] = (type(module), module.training, sorted(vars(module)), hooks)
+        plain = {key: value for key, value in vars(module).items() if isinstance(value, _PLAIN)}
+        found[f"module {name or '(the model)'}"] = (type(module), sorted(vars(module)), plain, hooks)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         bits = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         found[f"tensor {name}"] = (id(tensor), tensor.data_ptr(), tensor.requires_grad, tensor.dtype, bits, id(tensor.grad))

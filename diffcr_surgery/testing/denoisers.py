@@ -252,7 +252,7 @@ class Denoiser(nn.Module):
     def _modulation(self, timestep: Tensor | None, tokens: int) -> Tensor | None:
         if self.form.condition == "none" or timestep is None:
             return None
-        angle = timestep.to(self.embed.weight.dtype)[:, None] / torch.tensor([10.0, 1000.0], device=timestep.device)
+        angle = timestep.to(self.embed.weight.dtype)[:, None] / torch.tensor([10.0, 1000.0]).to(self.embed.weight)
         c: Tensor = self.time(torch.cat([angle.cos(), angle.sin()], -1))
         if self.form.condition == "sample":
             return c

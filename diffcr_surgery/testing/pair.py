@@ -42,8 +42,17 @@ class Pair:
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Any, config: DiffCRConfig | None, seed: int) -> Pair:
-        """Copy a model twice: converted, if it is not yet, and not converted."""
-        converted = copy.deepcopy(model)
+        """Copy a model twice, onto the CPU and in single precision at least: converted, if it is not yet, and not converted.
+
+        Raises:
+            ValueError: If the model is specialised, or converted and given other settings.
+        """
+        if hasattr(model, "diffcr") and (config is not None or state_of(model).specialized):
+            raise ValueError("The laws take a plain model and settings, or a converted one with the settings it has, not yet specialised.")
+        converted = copy.deepcopy(model).cpu()
+        if any(p.dtype in (torch.float16, torch.bfloat16) for p in converted.parameters()):
+            converted = converted.float()
+        inputs = map_leaves(inputs, lambda _, leaf: _raised(leaf) if isinstance(leaf, Tensor) else leaf)
         _wake(converted, seed)
         original = copy.deepcopy(converted)
         if hasattr(model, "diffcr"):
@@ -79,7 +88,16 @@ class Pair:
         config = self.state.config
         if training and config.learn_ratios:
             return [bracket(ratio, config.reachable_bins) for ratio in self.state.ratios()[:, region].tolist()]
-        return [[Way(1.0, ratio)] for ratio in self.state.executed_ratios()[:, region].tolist()]
+        return [[Way(1.0, row[region])] for row in self.executed()]
+
+    def executed(self) -> list[list[float]]:
+        """Return the ratio of each site and region in eval, as the settings write it and not as the table rounds it."""
+        bins = self.state.config.bins
+
+        def nearest(ratio: float) -> float:
+            return min(bins, key=lambda own: abs(own - ratio))
+
+        return [[nearest(ratio) for ratio in row] for row in self.state.executed_ratios().tolist()]
 
     def at(self, arguments: Mapping[str, Any], regions: Sequence[int]) -> dict[str, Any]:
         """Return the arguments with timesteps in the middles of the given regions."""
@@ -102,6 +120,11 @@ class Pair:
         if self.plan.regions.count == 1 or not (isinstance(value, Tensor) and value.shape == (batch,)):
             return []
         return [self.at(arguments, [region] * batch) for region in range(self.plan.regions.count)]
+
+
+def _raised(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu()
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _wake(model: nn.Module, seed: int) -> None:

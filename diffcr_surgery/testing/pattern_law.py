@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from diffcr_surgery._tree import flatten, map_leaves
 from diffcr_surgery.align import align_block
 from diffcr_surgery.axes import parse_axes
 from diffcr_surgery.detect import named_leaves
-from diffcr_surgery.patterns import BlockPattern
+from diffcr_surgery.patterns import BlockPattern, names_class
 from diffcr_surgery.testing.by_hand import gather
 from diffcr_surgery.testing.compare import LawError, first_difference
 from diffcr_surgery.trace.recording import BlockSample
@@ -28,7 +29,8 @@ def check_pattern(pattern: BlockPattern, block: nn.Module, inputs: Mapping[str, 
     """Check law 7: permuting the tokens of all declared arguments permutes the block's output and nothing else.
 
     And: it runs on fewer tokens; every declared argument has to move; the library's own proof accepts the pattern, and rejects it with any
-    argument left out. The block and its arguments are copied and shaken first, so that zero gates and masks of ones hide nothing.
+    argument left out. The block and its arguments are copied, onto the CPU, and shaken first, so that zero gates and masks of ones hide
+    nothing. Of the outputs, the number of axes is compared.
 
     Args:
         pattern: The declaration.
@@ -49,32 +51,37 @@ def check_pattern(pattern: BlockPattern, block: nn.Module, inputs: Mapping[str, 
         ...     print(str(error).split(". ")[-1])
         'rotary.1' has to move with the tokens too, as 'n d'.
     """
-    names = [f"{cls.__module__}:{cls.__qualname__}" for cls in type(block).__mro__]
-    if pattern.target not in names:
-        raise LawError(f"{_LAW}: {pattern.name!r} is for {pattern.target}; the block is a {names[0]}.")
+    name = f"{type(block).__module__}:{type(block).__qualname__}"
+    if not any(names_class(pattern.target, cls) for cls in type(block).__mro__):
+        raise LawError(f"{_LAW}: {pattern.name!r} is for {pattern.target}; the block is a {name}.")
+    parameters = inspect.signature(block.forward).parameters
+    unknown = [argument for argument in pattern.inputs if argument.split(".")[0] not in parameters]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise LawError(f"{_LAW}: {pattern.name!r} declares {unknown}; the forward of {name} takes {sorted(parameters)}.")
     trial = _Trial(pattern, block, inputs)
     declared = dict(pattern.inputs)
     complaint = trial.complaint(declared)
     if complaint is not None:
-        raise LawError(f"{_LAW}: {pattern.name!r} does not hold for {names[0]}: {complaint}{trial.remedy(declared)}")
-    for name in [name for name in trial.moving(declared) if name != trial.stream]:
-        fewer = {other: words for other, words in declared.items() if other != name}
+        raise LawError(f"{_LAW}: {pattern.name!r} does not hold for {name}: {complaint}{trial.remedy(declared)}")
+    for argument in [argument for argument in trial.moving(declared) if argument != trial.stream]:
+        fewer = {other: words for other, words in declared.items() if other != argument}
         if trial.complaint(fewer) is None:
-            raise LawError(f"{_LAW}: {pattern.name!r} moves {name!r}, which need not move: routing would throw its content away.")
+            raise LawError(f"{_LAW}: {pattern.name!r} moves {argument!r}, which need not move: routing would throw its content away.")
     trial.check_proof(pattern, declared)
 
 
 class _Trial:
     def __init__(self, pattern: BlockPattern, block: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> None:
         self.block = _shaken_block(block)
-        args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (inputs, {})
+        block = copy.deepcopy(block).cpu()
+        given = ((), dict(inputs)) if isinstance(inputs, Mapping) else (inputs, {})
+        args, kwargs = map_leaves(given, lambda _, leaf: leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf)
         self.original, self.raw = block, (args, kwargs)
         self.given = self._bearable((args, kwargs))
         self.named = named_leaves(self.block, self.given[0], self.given[1], Tensor)
         self.stream, words = next(iter(pattern.inputs.items()))
-        missing = [name for name in (self.stream,) if name not in self.named]
-        if missing:
-            raise LawError(f"{_LAW}: {pattern.name!r} names the stream {missing[0]!r}; the call's tensors are {sorted(self.named)}.")
+        if self.stream not in self.named:
+            raise LawError(f"{_LAW}: {pattern.name!r} names the stream {self.stream!r}; the call's tensors are {sorted(self.named)}.")
         self.axes = parse_axes(words)
         shape = self.named[self.stream][1].shape
         if len(self.axes.words) != len(shape):
@@ -86,6 +93,9 @@ class _Trial:
         ahead = [self.tokens - self._size(name, w) for name, w in pattern.inputs.items() if "n-m" in w.split() and name in self.named]
         self.ahead = max(ahead, default=0)
         self.plain = self._run({}, [torch.arange(self.tokens)] * self.samples)
+        ranks = [t.ndim for t in self.plain[1]]
+        if pattern.outputs and [len(parse_axes(words).words) for words in pattern.outputs] != ranks:
+            raise LawError(f"{_LAW}: {pattern.name!r} writes its outputs {list(pattern.outputs)}; they have {ranks} axes.")
 
     def _size(self, name: str, words: str) -> int:
         size: int = self.named[name][1].shape[words.split().index("n-m")]

@@ -6,6 +6,7 @@ wrong. Everything shrinks to the simplest form: one plain block, two tokens, one
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from diffcr_surgery.testing.denoisers import TIMESTEPS, Architecture, Block, Den
 __all__ = ["block_patterns", "blocks_with_pattern", "configs", "denoisers", "inputs_for", "ratio_tables"]
 
 SEEDS = st.integers(0, 2**16)
+TIMESTEP_NAMES = frozenset(("timestep", "timesteps", "t", "time", "sigma"))
 
 
 @st.composite
@@ -66,7 +68,7 @@ def inputs_for(model: nn.Module, like: Mapping[str, Any] | None = None) -> st.Se
     Args:
         model: One of :func:`denoisers`, or any other model if ``like`` is given.
         like: Arguments of a call of any model. Drawn are others of the same shapes: floating-point entries are scaled by factors in
-            [0.5, 1), so that they stay within the range the model knows; all else stays.
+            [0.5, 1), so that they stay within the range the model knows; all else stays, whole-number timesteps too.
 
     Returns:
         A strategy of dicts. For a drawn denoiser: ``latent`` (``b n c`` or ``n c``), ``timestep`` (``b``, often on a region's edge), and
@@ -116,7 +118,7 @@ def configs(draw: st.DrawFn, /, model: nn.Module | None = None, **fixed: Any) ->
 
     Args:
         draw: Given by hypothesis.
-        model: What they are for: a drawn denoiser without a timestep gets one region.
+        model: What they are for: a model without a timestep gets one region.
         fixed: Settings that are not drawn, as values or as strategies. The range of the timesteps is that of :func:`denoisers`; for another
             model fix ``timestep_range``.
     """
@@ -125,7 +127,11 @@ def configs(draw: st.DrawFn, /, model: nn.Module | None = None, **fixed: Any) ->
         given = fixed.pop(name, drawn)
         return draw(given) if isinstance(given, st.SearchStrategy) else given
 
-    timeless = isinstance(model, Denoiser) and model.form.condition == "none"
+    if isinstance(model, Denoiser):
+        timeless = model.form.condition == "none"
+    else:
+        timeless = model is not None and not TIMESTEP_NAMES & inspect.signature(model.forward).parameters.keys()
+    learn = setting("learn_ratios", st.sampled_from([True, True, True, False]))
     bins = setting("bins", st.sampled_from([DEFAULT_BINS, (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.5)]))
     max_ratio = setting("max_ratio", st.sampled_from([share for share in (0.9, 0.5, 0.7) if share <= bins[-1]]))
     return DiffCRConfig(
@@ -137,6 +143,8 @@ def configs(draw: st.DrawFn, /, model: nn.Module | None = None, **fixed: Any) ->
         gate=setting("gate", st.sampled_from(GATES)),
         branches=setting("branches", st.sampled_from(BRANCHES)),
         share_routing=setting("share_routing", st.integers(1, 3)),
+        learn_ratios=learn,
+        initial_ratio=setting("initial_ratio", st.just(0.0) if learn else st.sampled_from(bins).filter(lambda ratio: ratio <= max_ratio)),
         **{name: setting(name, st.nothing()) for name in list(fixed)},
     )
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 import diffcr_surgery as dcs
 from diffcr_surgery.errors import ConversionError
+from diffcr_surgery.runtime.convert import changing
 from diffcr_surgery.testing.compare import what_changed
 from tests.models import CASES, Case, output, snapshot
 
@@ -227,6 +230,21 @@ def test_a_race_to_convert_one_model(name: str, from_plan: bool, turns: int) -> 
         assert torch.equal(answer(model, given), wanted)
         raced(model, partial(dcs.restore_, model), 2)
         assert snapshot(model) == before
+
+
+def test_specialising_finds_out_that_another_thread_has_restored_the_model() -> None:
+    case = CASES["dit"]
+    model = case.build(0).train()
+    dcs.convert_(model, case.inputs(model, 2, 0))
+    with ThreadPoolExecutor(1) as pool, changing(model):
+        waiting = pool.submit(dcs.specialize_, model)
+        while not waiting.running():
+            time.sleep(0.001)
+        time.sleep(0.05)  # until it waits for this thread; were it later, it would raise the same
+        dcs.restore_(model)
+    with pytest.raises(ConversionError, match="is not converted"):
+        waiting.result()
+    assert model.training
 
 
 @turns

@@ -81,11 +81,6 @@ def modes(model: nn.Module) -> dict[str, bool]:
     return {name: module.training for name, module in model.named_modules() if name.split(".")[0] != "diffcr"}
 
 
-def seen(model: nn.Module) -> dict[str, Any]:
-    """`snapshot`; of bfloat16, which numpy does not know, nothing."""
-    return {} if any(tensor.dtype is torch.bfloat16 for tensor in model.parameters()) else snapshot(model)
-
-
 def add_lora(model: nn.Module, case: Case, add: Callable[..., Any]) -> Any:
     """Add LoRA to the attention of the blocks, with weights that change the output."""
     layers = [f"{path}.{name}" for path, _ in case.sites for name, _ in model.get_submodule(path).named_modules()]
@@ -553,10 +548,10 @@ class Machine(RuleBasedStateMachine):
             model.diffcr.ratio_table.copy_(self.table)
 
     def refused(self, error: type[Exception], operation: Callable[..., Any], *given: Any, **settings: Any) -> None:
-        before = seen(self.root)
+        before = snapshot(self.root)
         with pytest.raises(error):
             operation(*given, **settings)
-        assert seen(self.root) == before
+        assert snapshot(self.root) == before
 
     @rule(drawn=configs, site=st.integers(0, 5), calls=st.integers(0, 12), spots=batches, size=sizes)
     def interrupt(self, drawn: dict[str, Any], site: int, calls: int, spots: list[int], size: int) -> None:
@@ -569,7 +564,7 @@ class Machine(RuleBasedStateMachine):
                 raise PlantedError
 
         handle = self.model.get_submodule(self.case.sites[site % len(self.case.sites)][0]).register_forward_pre_hook(fail)
-        inputs, before = self.inputs(spots, size), seen(self.root)
+        inputs, before = self.inputs(spots, size), snapshot(self.root)
         try:
             if self.status != "plain":
                 self.run(spots, size)
@@ -579,7 +574,7 @@ class Machine(RuleBasedStateMachine):
                 dcs.restore_(dcs.convert_(self.model, inputs, self.settings(**drawn)))
         except (PlantedError, errors.SurgeryError):
             assert left[0] < 0
-        assert seen(self.root) == before
+        assert snapshot(self.root) == before
         handle.remove()
 
 

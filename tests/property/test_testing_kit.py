@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from diffcr_surgery.testing import laws
 from diffcr_surgery.testing.strategies import architectures
 from diffcr_surgery.tokens import gather_each
 from tests.models import CASES, Case
+from tests.mutation.plant import BUGS, plant
 from tests.property.scenarios import few
 
 LAWS = [
@@ -77,7 +79,7 @@ def test_the_search_finds_what_moves_and_what_stays(data: st.DataObject) -> None
     staying = form.registers + (text.shape[1] if text is not None and form.text_inside else 0)
     for number, site in enumerate(plan.sites):
         if not site.routed:
-            assert number and "no set" in site.reason
+            assert hasattr(model.blocks[number], "merge") and "no set" in site.reason  # the most arguments at once
             continue
         moving = {name for name in form.moving if name != "skip" or hasattr(model.blocks[number], "merge")}
         assert set(site.aligned) == moving
@@ -190,7 +192,8 @@ def test_patterns_are_told_what_is_missing_or_needless() -> None:
         (truth | {"text": "b n c"}, r"moves 'text', which need not move"),
         ({"x": "b n c"}, r"No single argument more or less makes it true"),
         ({"x": "b n c", "rotary.0": "n c d"}, r"'rotary\.0' is written 'n c d', and has the shape \(5, 4\)"),
-        ({"words": "b n c"}, r"names the stream 'words'; the call's tensors are \['rotary\.0', 'rotary\.1', 'text', 'x'\]"),
+        ({"words": "b n c"}, r"declares \['words'\]; the forward of .* takes \['bias', 'c', 'rotary', 'skip', 'text', 'x'\]"),
+        ({"skip": "b n c"}, r"names the stream 'skip'; the call's tensors are \['rotary\.0', 'rotary\.1', 'text', 'x'\]"),
     ):
         with pytest.raises(dt.LawError, match=text):
             dt.check_pattern(dcs.BlockPattern("planted", target, inputs), block, call)
@@ -198,6 +201,81 @@ def test_patterns_are_told_what_is_missing_or_needless() -> None:
         dt.check_pattern(dcs.BlockPattern("true", "elsewhere:Block", truth), block, call)
     with pytest.raises(dt.LawError, match="holds a single token; give at least two"):
         dt.check_pattern(dcs.BlockPattern("true", target, {"x": "b n c"}), block, {"x": torch.randn(2, 1, 4)})
+
+
+def test_outputs_of_a_pattern_are_counted_in_axes() -> None:
+    block, target = dt.Denoiser(dt.Architecture()).blocks[0], "diffcr_surgery.testing:denoisers.Block"
+    call = {"x": torch.randn(2, 5, 4)}
+    dt.check_pattern(dcs.BlockPattern("true", "diffcr_surgery.testing.denoisers:Block", {"x": "b n c"}, ("b n c",)), block, call)
+    with pytest.raises(dt.LawError, match=r"writes its outputs \['n c'\]; they have \[3\] axes"):
+        dt.check_pattern(dcs.BlockPattern("planted", "diffcr_surgery.testing.denoisers:Block", {"x": "b n c"}, ("n c",)), block, call)
+    with pytest.raises(dt.LawError, match="is for"):
+        dt.check_pattern(dcs.BlockPattern("planted", target, {"x": "b n c"}), block, call)
+
+
+class Refined(nn.Module):
+    """Its root writes into what a module returned, and adds registers to that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refiner, self.place = nn.Linear(4, 4), nn.Parameter(torch.randn(3, 4))
+        self.blocks = dt.Denoiser(dt.Architecture(depth=2)).blocks
+
+    def forward(self, latent: Tensor, text: Tensor) -> Tensor:
+        words = self.refiner(text)
+        words += self.place
+        x = torch.cat([words, latent], 1)
+        for block in self.blocks:
+            x = block(x)
+        return x[:, words.shape[1] :]
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "settings_"),
+    [
+        (SITUATION, CALL, {"timestep_regions": 4, "timestep_range": (0, 1000), "region_weights": (0.97, 0.01, 0.01, 0.01)}),
+        (SITUATION, CALL, {"bins": (0, 0.1234567, 0.5), "max_ratio": 0.5}),
+        (Refined().eval(), {"latent": torch.randn(2, 5, 4), "text": torch.randn(2, 3, 4)}, {}),
+        (copy.deepcopy(SITUATION).bfloat16(), {"latent": CALL["latent"].bfloat16(), "timestep": CALL["timestep"]}, {}),
+    ],
+    ids=["regions weighted", "bins between thousandths", "written in place", "bfloat16"],
+)
+def test_sound_models_pass(model: nn.Module, inputs: dict[str, Tensor], settings_: dict[str, Any]) -> None:
+    for law in LAWS:
+        law(model, inputs, dcs.DiffCRConfig(**settings_))
+
+
+def test_laws_refuse_what_they_cannot_check() -> None:
+    model = dcs.convert_(copy.deepcopy(SITUATION), CALL, CONFIG)
+    with pytest.raises(ValueError, match="or a converted one with the settings it has"):
+        dt.check_bypass(model, CALL, CONFIG)
+    with pytest.raises(ValueError, match="not yet specialised"):
+        dt.check_bypass(dcs.specialize_(model), CALL)
+    with pytest.raises(ValueError, match="is a latent"):
+        dt.check_bypass(Counted(), {"words": torch.tensor([[1, 2, 3]])})
+
+
+class Counted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8, 4)
+        self.blocks = dt.Denoiser(dt.Architecture()).blocks
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.blocks[0](self.embed(words))
+
+
+def test_a_table_without_any_gradient_is_told_by_its_first_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = ops.blend_weight
+    monkeypatch.setattr(ops, "blend_weight", lambda table, *rest: weight(table.detach(), *rest))
+    with pytest.raises(dt.LawError, match=r"no gradient reaches the ratio of blocks\.0"):
+        dt.check_gradients(SITUATION, CALL, CONFIG)
+
+
+def test_planted_bugs_are_up_to_date(tmp_path: Path) -> None:
+    """`plant` refuses a bug whose text the source does not hold exactly once."""
+    for bug in BUGS:
+        plant(bug, tmp_path / bug.name)
 
 
 def test_inputs_like_a_call_keep_its_form() -> None:

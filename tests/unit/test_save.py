@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import diffcr_surgery as dcs
+from diffcr_surgery import save
 from diffcr_surgery.errors import AdapterError
 from tests.unit.test_optimizer import Denoiser, converted, inputs
 
@@ -118,6 +119,17 @@ def test_a_folder_that_cannot_be_written_keeps_its_adapter(
             dcs.save_adapter(new, tmp_path)
     assert loads_as(tmp_path, old)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["diffcr.json", "diffcr.safetensors"]
+
+
+def test_an_adapter_that_does_not_list_the_blocks_left_out_is_loaded(tmp_path: Path) -> None:
+    """So were they saved at first."""
+    dcs.save_adapter(converted(blocks=r"blocks\.[01]"), tmp_path)
+    settings, tensors = save._read(tmp_path)
+    del settings["left_out"], settings["fingerprint"]
+    settings["fingerprint"] = save._fingerprint(settings, tensors)
+    save._write(tmp_path, settings, tensors)
+    loaded = dcs.load_adapter_(Denoiser(), tmp_path, inputs(100.0, 900.0))
+    assert [site.path for site in loaded.diffcr.plan.routed_sites] == ["blocks.0", "blocks.1"]
 
 
 def test_a_class_of_the_script_that_trained_is_known_again_where_it_is_imported(

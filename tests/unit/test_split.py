@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,6 +219,22 @@ def test_one_sample_tells_by_length_alone() -> None:
 class Mixing(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x - x.mean(0)
+
+
+class Gated(nn.Module):
+    """Mixes samples behind a gate that is closed, as before training; the gate is read in the way the function does it."""
+
+    def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.read, self.gate = read, nn.Parameter(torch.zeros(1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.mean(0, keepdim=True) * self.read(self.gate)
+
+
+@pytest.mark.parametrize("read", [lambda gate: gate, lambda gate: gate[0], lambda gate: 1 - (1 - gate), lambda gate: gate.sum(0)])
+def test_closed_gates_hide_nothing(read: Callable[[Tensor], Tensor]) -> None:
+    assert "one sample alone gave another output" in find(model=Gated(read), x=TOKENS).refusal
 
 
 class Stacking(nn.Module):

@@ -71,7 +71,7 @@ class BlockPattern:
 
 
 _REGISTRY: dict[str, BlockPattern] = {}
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()
 _plugins_loaded = False
 
 

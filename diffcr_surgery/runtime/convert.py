@@ -24,7 +24,7 @@ from diffcr_surgery.runtime.subclass import original_class, subclass
 __all__ = ["changing", "convert_", "original_class", "ratio_loss", "ratio_table", "restore_", "state_of"]
 
 _CHANGING: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()  # Ctrl-C may come on the very way out of a `with`, and leave it locked: by this thread, which may go on
 
 
 @contextmanager

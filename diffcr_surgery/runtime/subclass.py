@@ -24,7 +24,7 @@ from diffcr_surgery.trace.key import bind_call
 __all__ = ["leave_to_compiler", "original_class", "subclass"]
 
 _SUBCLASSES: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()
 
 
 def _answer(model: Any, signature: inspect.Signature, args: Any, kwargs: Any, dense: Callable[..., Any]) -> Any:

@@ -81,12 +81,12 @@ def first_difference(one: Tensor, other: Tensor, tolerance: float = 0.0) -> tupl
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """Return what a user could notice about a model.
 
-    Classes, names of attributes, values of those that are plain, modes and hooks; tensors by identity and bits; the CPU's random state.
+    Classes, names of attributes, values of public ones that are plain, hooks; tensors by identity and bits; the CPU's random state.
     """
     found: dict[str, Any] = {"the random state": torch.get_rng_state().numpy().tobytes(), "the state-dict keys": list(model.state_dict())}
     for name, module in model.named_modules():
         hooks = {key: list(value.items()) for key, value in vars(module).items() if "hook" in key and value}
-        plain = {key: value for key, value in vars(module).items() if isinstance(value, _PLAIN)}
+        plain = {key: value for key, value in vars(module).items() if isinstance(value, _PLAIN) and not key.startswith("_")}
         found[f"module {name or '(the model)'}"] = (type(module), sorted(vars(module)), plain, hooks)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         bits = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

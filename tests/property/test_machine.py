@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.utils import logging, recurse_remove_peft_layers
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
@@ -583,6 +583,7 @@ Machine.TestCase.settings = settings(
     max_examples=max(2, settings().max_examples // 2),
     stateful_step_count=12,
     deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking runs it for many minutes
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
 TestMachine = Machine.TestCase

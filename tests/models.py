@@ -16,6 +16,7 @@ import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from torch import Tensor, nn
 
+from diffcr_surgery import ratio_table
 from diffcr_surgery.demo.model import DiT
 from diffcr_surgery.testing.compare import snapshot as snapshot
 
@@ -129,6 +130,17 @@ class Case:
 def output(result: Any) -> Tensor:
     """Return the predicted image or tokens from whatever a model returns."""
     return result if isinstance(result, Tensor) else result[0]
+
+
+def trained(model: nn.Module) -> nn.Module:
+    """Give the routers and the ratio table of a converted model an opinion, the same each time."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for router in model.diffcr.routers.values():
+            router.weight.copy_(torch.randn(router.weight.shape, generator=generator))
+        table = ratio_table(model)
+        table.copy_(0.8 * torch.rand(table.shape, generator=generator))
+    return model
 
 
 def _image(size: Size, batch: int) -> Tensor:

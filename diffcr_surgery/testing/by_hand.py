@@ -107,7 +107,7 @@ class ByHand:
         graph = self.trace.recording.graph
         noise = torch.Generator().manual_seed(0)
         inputs = iter([*call.tensors, *self.trace.recording.constants])
-        latent = _latent(call.paths, call.tensors, graph, self.trace)
+        latent = _latent(call.paths, call.tensors, graph)
         # Each value twice: as it is, and with noise on the latent, which shows what stems from it.
         env: dict[fx.Node, tuple[Any, Any]] = {}
         for number, node in enumerate(graph.nodes):
@@ -151,7 +151,7 @@ class ByHand:
         return run
 
 
-def _latent(paths: list[str], tensors: list[Tensor], graph: fx.Graph, trace: Trace) -> set[int]:
+def _latent(paths: list[str], tensors: list[Tensor], graph: fx.Graph) -> set[int]:
     """Return the numbers of the inputs that are denoised: the first one shaped like an output, or else the first with two axes."""
     shapes = [tuple(node.meta["shape"]) for node in next(n for n in graph.nodes if n.op == "output").args[0] if "shape" in node.meta]
     candidates = [i for i, t in enumerate(tensors) if t.is_floating_point() and t.ndim >= 2]

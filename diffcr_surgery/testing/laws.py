@@ -25,8 +25,7 @@ from diffcr_surgery.specialize import specialize_
 from diffcr_surgery.testing.by_hand import ByHand, kept_count
 from diffcr_surgery.testing.compare import LawError, same, snapshot, what_changed
 from diffcr_surgery.testing.pair import Pair, call, differentiate, rounding, sample_of, sample_of_output
-from diffcr_surgery.testing.watch import compare_by_hand, lengths_of
-from diffcr_surgery.trace.key import example_call
+from diffcr_surgery.testing.watch import compare_by_hand, lengths_of, require_planned_size
 
 __all__ = [
     "check_bypass",
@@ -137,9 +136,8 @@ def check_mixed_timesteps(
         undecided = False
         for i, (sample, region) in enumerate(zip(samples, regions, strict=True)):
             alone, own = differentiate(pair.converted, sample)
-            summed = {name: summed.get(name, 0.0) + gradient for name, gradient in own.items()} | {
-                name: gradient for name, gradient in summed.items() if name not in own
-            }
+            for name, gradient in own.items():
+                summed[name] = summed[name] + gradient if name in summed else gradient
             what = f"sample {i} (region {region}) {mode}"
             close_call = compare_by_hand(law, pair, hand, sample, pair.ways(region, training), what)
             undecided |= close_call
@@ -162,7 +160,7 @@ def check_gradients(model: nn.Module, inputs: Any, config: DiffCRConfig | None =
 
     Args:
         model: A model, converted or not.
-        inputs: Arguments of a call.
+        inputs: Arguments of a call, of the size a converted model was planned with.
         config: Settings, if it is not converted.
         seed: Of the routers and ratios, if it is not converted.
 
@@ -170,6 +168,7 @@ def check_gradients(model: nn.Module, inputs: Any, config: DiffCRConfig | None =
         LawError: Naming the site and region.
     """
     law, pair = "check_gradients", Pair.of(model, inputs, config, seed)
+    require_planned_size(law, pair)
     state, table = pair.state, ratio_table(pair.converted)
     pair.converted.eval()
     state.train()
@@ -177,7 +176,7 @@ def check_gradients(model: nn.Module, inputs: Any, config: DiffCRConfig | None =
     for name, gradient in gradients.items():
         if not bool(gradient.isfinite().all()):
             raise LawError(f"{law}: the gradient of {name} is not finite.")
-    seen, learned = sorted(set(pair.regions(pair.arguments))), state.config.learn_ratios
+    seen = sorted(set(pair.regions(pair.arguments)))
     ways = {region: pair.ways(region, True) for region in seen}
     for row, site in enumerate(pair.plan.routed_sites):
         counts = {region: [kept_count(way.ratio, site.tokens) for way in ways[region][row]] for region in seen}
@@ -190,7 +189,7 @@ def check_gradients(model: nn.Module, inputs: Any, config: DiffCRConfig | None =
         router = gradients.get(f"diffcr.routers.{site.router}.weight")
         if heard and pair.state.routers[str(site.router)].weight.requires_grad and (router is None or not bool(router.any())):
             raise LawError(f"{law}: no gradient reaches the router of {site.path}, whose ratio in region {heard[0]} is not 0.")
-    if learned:
+    if state.config.learn_ratios:
         _check_budget(law, state, pair.converted, table)
 
 
@@ -224,11 +223,11 @@ def check_round_trip(model: nn.Module, inputs: Any, config: DiffCRConfig | None 
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(pair.converted, folder)
         loaded = load_adapter_(copy.deepcopy(pair.original), folder, pair.arguments)
-    saved = replace(pair.state.config, timestep_argument=state_of(loaded).config.timestep_argument)  # what "auto" was settled to is saved
-    if state_of(loaded).plan.regions != pair.plan.regions or state_of(loaded).config != replace(
-        saved, timestep_range=state_of(loaded).config.timestep_range
-    ):
-        raise LawError(f"{law}: loaded, the settings are {state_of(loaded).config}; saved were {pair.state.config}.")
+    given, found = pair.state.config, state_of(loaded)
+    # What "auto" was settled to is what is saved, and has to be what the plan settled it to.
+    settings = replace(found.config, timestep_argument=given.timestep_argument, timestep_range=given.timestep_range)
+    if settings != given or found.plan.regions != pair.plan.regions:
+        raise LawError(f"{law}: loaded, the settings are {found.config}; saved were {given}.")
     others = {"loaded": loaded, "copied": copy.deepcopy(pair.converted)}
     for name, other in others.items():
         same(law, f"{name}, the state", dict(other.state_dict()), dict(pair.converted.state_dict()))
@@ -239,9 +238,9 @@ def check_round_trip(model: nn.Module, inputs: Any, config: DiffCRConfig | None 
             state_of(one).train(training)
         expected, wanted = differentiate(pair.converted, pair.arguments)
         for name, other in others.items():
-            actual, found = differentiate(other, pair.arguments)
+            actual, gradients = differentiate(other, pair.arguments)
             same(law, f"{name}, the output {mode}", actual, expected)
-            same(law, f"{name}, the gradients {mode}", found, wanted)
+            same(law, f"{name}, the gradients {mode}", gradients, wanted)
 
 
 def check_specialization(
@@ -253,7 +252,7 @@ def check_specialization(
 
     Args:
         model: A model, converted or not.
-        inputs: Arguments of a call.
+        inputs: Arguments of a call, of the size a converted model was planned with.
         config: Settings, if it is not converted.
         budgets: Shares of the dense cost to specialise at besides, rising; those out of reach are passed over.
         seed: Of the routers and ratios, if it is not converted.
@@ -262,6 +261,7 @@ def check_specialization(
         LawError: Naming the site, region and counts, or the entry of the output.
     """
     law, pair = "check_specialization", Pair.of(model, inputs, config, seed)
+    require_planned_size(law, pair)
     pair.converted.eval()
     executed, wanted = pair.state.executed_ratios(), pair.executed()
     fixed = specialize_(copy.deepcopy(pair.converted))
@@ -308,19 +308,16 @@ def _at_budget(pair: Pair, budget: float) -> tuple[Tensor, float] | None:
 
 
 def _check_lengths(law: str, pair: Pair, arguments: dict[str, Any], executed: list[list[float]], lengths: Mapping[int, set[int]]) -> None:
-    regions = set(pair.regions(arguments))
-    now = example_call(pair.original.forward, arguments)
-    planned = example_call(pair.original.forward, pair.arguments)
-    if {t.shape[1:] for t in now.tensors} != {t.shape[1:] for t in planned.tensors}:
-        return  # other sizes than planned: how many tokens may bypass is not known here
     paths = [site.path for site in pair.plan.routed_sites]
-    single = {row for row, path in enumerate(paths) if paths.count(path) == 1}  # of a block called twice, calls are not told apart
     for row, site in enumerate(pair.plan.routed_sites):
-        ratios = {region: executed[row][region] for region in regions}
+        if paths.count(site.path) > 1:
+            continue  # its calls are not told apart
+        ratios = {region: executed[row][region] for region in set(pair.regions(arguments))}
         wanted = {site.staying + kept_count(ratio, site.tokens) for ratio in ratios.values() if ratio < 1.0}
         found = lengths.get(row, set())
-        gone = any(ratio >= 1.0 for ratio in ratios.values())  # a block all may bypass is left out, or keeps one where its text is read
-        if found - ({site.staying + 1} if gone else set()) != wanted - ({site.staying + 1} if gone else set()) and row in single:
+        # A block that all tokens may bypass is left out, or keeps one where its text is read.
+        open_ = {site.staying + 1} if any(ratio >= 1.0 for ratio in ratios.values()) else set()
+        if found - open_ != wanted - open_:
             raise LawError(
                 f"{law}: {site.path} was given {sorted(found)} tokens; at the ratios {ratios} of {site.tokens} it has to be "
                 f"{sorted(wanted)}."

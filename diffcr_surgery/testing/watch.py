@@ -17,35 +17,48 @@ from diffcr_surgery.testing.by_hand import ByHand, Run, Way
 from diffcr_surgery.testing.compare import LawError, same
 from diffcr_surgery.testing.pair import Pair, call, rounding
 
-__all__ = ["compare_by_hand", "lengths_of"]
+__all__ = ["compare_by_hand", "lengths_of", "require_planned_size"]
 
 _CLOSE = 1e-6  # scores nearer than this, yet not equal, may change places by rounding
 
 
 @contextmanager
 def lengths_of(model: nn.Module, planned: SurgeryPlan) -> Iterator[dict[int, set[int]]]:
-    """Collect how many tokens each site's block is given."""
+    """Collect how many tokens each site's block is given; of a block that is called twice, calls are not told apart, and none is noted."""
     found: dict[int, set[int]] = {}
+    paths = [site.path for site in planned.routed_sites]
 
-    def hook(path: str, rows: list[int]) -> Any:
+    def watch(row: int) -> Any:
+        stream, axes = next(iter(planned.routed_sites[row].aligned.items()))
+        at = axes.split().index("n")
+
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            for row in rows:
-                stream, axes = next(iter(planned.routed_sites[row].aligned.items()))
-                found.setdefault(row, set()).add(named_leaves(module, args, kwargs, Tensor)[stream][1].shape[axes.split().index("n")])
+            found.setdefault(row, set()).add(named_leaves(module, args, kwargs, Tensor)[stream][1].shape[at])
 
-        return see
+        return model.get_submodule(paths[row]).register_forward_pre_hook(see, with_kwargs=True)
 
-    rows: dict[str, list[int]] = {}
-    for row, site in enumerate(planned.routed_sites):
-        rows.setdefault(site.path, []).append(row)
-    handles = [
-        model.get_submodule(path).register_forward_pre_hook(hook(path, of), with_kwargs=True) for path, of in rows.items() if len(of) == 1
-    ]
+    handles = [watch(row) for row, path in enumerate(paths) if paths.count(path) == 1]
     try:
         yield found
     finally:
         for handle in handles:
             handle.remove()
+
+
+def require_planned_size(law: str, pair: Pair) -> None:
+    """Refuse a call of other sizes than the model was planned with: how many of its tokens may bypass is in no plan.
+
+    Raises:
+        ValueError: Naming the site.
+    """
+    with torch.no_grad(), lengths_of(pair.original, pair.plan) as lengths:
+        call(pair.original, pair.arguments)
+    for row, site in enumerate(pair.plan.routed_sites):
+        if lengths.get(row, {site.tokens + site.staying}) != {site.tokens + site.staying}:
+            raise ValueError(
+                f"{law}: in this call {site.path} has {sorted(lengths[row])} tokens, and the model was planned with "
+                f"{site.tokens + site.staying}. Give inputs of the size it was planned with, or the model before it is converted."
+            )
 
 
 @dataclass

@@ -636,7 +636,10 @@ def _kept(**changes: Any) -> Callable[[Path], None]:
 
 
 def _text(text: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / SETTINGS).write_text(text)  # type: ignore[return-value]
+    def write(folder: Path) -> None:
+        (folder / SETTINGS).write_text(text)
+
+    return write
 
 
 def _other(name: str, make: Callable[[Path], Any]) -> Callable[[Path], None]:

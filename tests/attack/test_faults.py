@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 import diffcr_surgery as dcs
 from diffcr_surgery.errors import SurgeryError
 from diffcr_surgery.runtime import convert
-from tests.models import CASES, Case, output, snapshot
+from tests.models import CASES, Case, output, snapshot, trained
 
 PACKAGE = str(Path(dcs.__file__).parent)
 ERRORS = (torch.OutOfMemoryError, MemoryError, KeyboardInterrupt)
@@ -152,13 +152,8 @@ def planned(name: str) -> dcs.SurgeryPlan:
 def converted(name: str) -> nn.Module:
     """A model that routes, and was never called."""
     model = dcs.convert_(copy.deepcopy(original(name)), planned(name))
-    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for router in model.diffcr.routers.values():
-            router.weight.copy_(torch.randn(router.weight.shape, generator=generator))
-        table = dcs.ratio_table(model)
-        table.copy_(0.8 * torch.rand(table.shape, generator=generator))
-        table[0] = 0.0
+        dcs.ratio_table(trained(model))[0] = 0.0
     return model
 
 

@@ -24,7 +24,7 @@ from torch import nn
 import diffcr_surgery as dcs
 from diffcr_surgery.runtime.execute import MAX_GRAPHS
 from diffcr_surgery.trace.recording import MAX_RECORDINGS, MAX_VARIANTS
-from tests.models import CASES, Size, output, snapshot
+from tests.models import CASES, Size, output, snapshot, trained
 
 CASE = CASES["pixart"]
 SIZES = (Size(2, 2), Size(1, 3), Size(2, 5), Size(3, 3))
@@ -112,16 +112,6 @@ def fresh() -> tuple[nn.Module, dcs.SurgeryPlan]:
     model = CASE.build(0, label_dropout=False)
     config = dcs.DiffCRConfig(target_ratio=0.3, timestep_regions=REGIONS, timestep_range=CASE.timestep_range)
     return model, dcs.plan(model, CASE.inputs(model, 2, 1), config)
-
-
-def trained(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for router in model.diffcr.routers.values():
-            router.weight.copy_(torch.randn(router.weight.shape, generator=generator))
-        table = dcs.ratio_table(model)
-        table.copy_(0.8 * torch.rand(table.shape, generator=generator))
-    return model
 
 
 def batches(model: nn.Module) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ import diffcr_surgery as dcs
 from diffcr_surgery.errors import ConversionError
 from diffcr_surgery.runtime.convert import changing
 from diffcr_surgery.testing.compare import what_changed
-from tests.models import CASES, Case, output, snapshot
+from tests.models import CASES, Case, output, snapshot, trained
 
 REGIONS = 4
 TURNS = 2  # of each story; twenty in the slow tier
@@ -70,17 +70,6 @@ def config(case: Case) -> dcs.DiffCRConfig:
 
 def inputs(case: Case, model: nn.Module, *regions: int, seed: int = 1) -> dict[str, Any]:
     return case.inputs(model, len(regions), seed, timesteps=case.times(REGIONS, list(regions)))
-
-
-def trained(model: nn.Module) -> nn.Module:
-    """Give routers and table an opinion."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for router in model.diffcr.routers.values():
-            router.weight.copy_(torch.randn(router.weight.shape, generator=generator))
-        table = dcs.ratio_table(model)
-        table.copy_(0.8 * torch.rand(table.shape, generator=generator))
-    return model
 
 
 def answer(model: nn.Module, given: dict[str, Any]) -> Tensor:

@@ -249,6 +249,11 @@ def test_laws_refuse_what_they_cannot_check() -> None:
     model = dcs.convert_(copy.deepcopy(SITUATION), CALL, CONFIG)
     with pytest.raises(ValueError, match="or a converted one with the settings it has"):
         dt.check_bypass(model, CALL, CONFIG)
+    larger = {"latent": torch.randn(3, 8, 4), "timestep": CALL["timestep"]}
+    for law in (dt.check_gradients, dt.check_specialization):
+        with pytest.raises(ValueError, match=r"in this call blocks\.0 has \[8\] tokens, and the model was planned with 6"):
+            law(model, larger)
+    dt.check_bypass(model, larger)
     with pytest.raises(ValueError, match="not yet specialised"):
         dt.check_bypass(dcs.specialize_(model), CALL)
     with pytest.raises(ValueError, match="is a latent"):

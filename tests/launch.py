@@ -1,4 +1,4 @@
-"""Runs a recipe as a user does, in one process or in two."""
+"""Processes of their own: in which surroundings, and recipes run as a user does, in one process or in two."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["ENVIRONMENT", "TWO_PROCESSES", "run_recipe"]
+__all__ = ["ENVIRONMENT", "TEST_ENVIRONMENT", "TWO_PROCESSES", "run_recipe"]
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+SOURCES = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+TEST_ENVIRONMENT = {**ENVIRONMENT, "PYTHONPATH": SOURCES}  # in which `tests` can be imported too
 # With --cpu accelerate leaves starting the processes to MPI and, without it, starts one; --multi_gpu starts them itself, and the variable
 # above keeps them on the CPU.
 TWO_PROCESSES = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",

@@ -13,19 +13,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.launch import TEST_ENVIRONMENT
+
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks and kills processes")
 
-SCRIPT, ROOT = Path(__file__).with_name("crash_run.py"), Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("crash_run.py")
 KILLS = 16
 
 
 def test_killed_at_random_moments_it_ends_bit_identical(tmp_path: Path) -> None:
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed of the moments: {seed}")  # shown where it fails
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     command = [sys.executable, SCRIPT, tmp_path, str(KILLS), str(seed)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=TEST_ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
     report = json.loads((tmp_path / "report.json").read_text())
     print(f"newest step after each death: {report['deaths']}; left behind: {report['leftovers']}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +15,9 @@ from torch import Tensor
 
 import diffcr_surgery as dcs
 from tests.end_to_end.distributed_run import REGIONS, SCENARIOS, STEPS, Scenario, build, inputs
+from tests.launch import TEST_ENVIRONMENT
 
-SCRIPT, ROOT = Path(__file__).with_name("distributed_run.py"), Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("distributed_run.py")
 LAUNCH = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
 APART = Scenario("fsdp", "apart", "two")
 
@@ -26,11 +26,11 @@ APART = Scenario("fsdp", "apart", "two")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process and two have left, all scenarios in one launch each."""
     out = tmp_path_factory.mktemp("runs")
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     for command in ((SCRIPT, out, "single"), (*LAUNCH, SCRIPT, out)):
         for _ in range(2):  # gloo on a loaded machine has been seen to abort (once in twelve launches); results are compared all the same
-            done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300, check=False)
+            done = subprocess.run(
+                [sys.executable, *command], env=TEST_ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+            )
             if "SIGABRT" not in done.stderr:
                 break
         assert done.returncode == 0, done.stderr[-6000:]

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal, overload
 
 import torch
@@ -24,16 +22,16 @@ from diffcr_surgery.runtime.subclass import original_class, subclass
 __all__ = ["changing", "convert_", "original_class", "ratio_loss", "ratio_table", "restore_", "state_of"]
 
 _CHANGING: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-_LOCK = threading.RLock()  # Ctrl-C may come on the very way out of a `with`, and leave it locked: by this thread, which may go on
+_LOCK = threading.RLock()
 
 
-@contextmanager
-def changing(model: torch.nn.Module) -> Iterator[None]:
-    """Let one thread at a time convert, specialise or restore a model; whoever comes second finds what the first has made of it."""
+def changing(model: torch.nn.Module) -> threading.RLock:
+    """Return the lock of a model: one thread at a time converts, specialises or restores it, and the second finds what the first has made.
+
+    The lock as it is: Ctrl-C can stop ``contextlib`` on the way into and out of a context, and would leave it locked.
+    """
     with _LOCK:
-        own = _CHANGING.setdefault(model, threading.RLock())
-    with own:
-        yield
+        return _CHANGING.setdefault(model, threading.RLock())
 
 
 def state_of(model: torch.nn.Module) -> DiffCRState:

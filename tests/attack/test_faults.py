@@ -2,17 +2,21 @@
 
 An operation is run once and every call it makes is noted: of functions of this package, by the place they are called from, and of torch's.
 Then it is run again, once for each such place, and the call there raises. A place that is passed many times raises at its first, its middle
-or its last passage. Short operations are also stopped between any two lines of the package's code, as Ctrl-C does it.
+or its last passage. Short operations are also stopped between any two lines of the package's code, as Ctrl-C does it. The next attempt is
+another thread's, which waits in vain for a lock that was left locked.
 
 What is not survived: an error inside code that cleans up after an error. It is passed over here by name, see `CLEANING`.
 """
 
 from __future__ import annotations
 
+import ast
 import copy
 import io
+import linecache
 import pickle
 import sys
+import threading
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +38,7 @@ from tests.models import CASES, Case, output, snapshot, trained
 
 PACKAGE = str(Path(dcs.__file__).parent)
 ERRORS = (torch.OutOfMemoryError, MemoryError, KeyboardInterrupt)
+PATIENCE = 120  # seconds that an attempt may take
 ATTACKS = 60  # on one operation, in the slow test
 CASE_NAMES = ("dit", "flux", "hunyuan")  # labels dropped at random and a conditional tail; two streams; long skips
 
@@ -57,6 +62,7 @@ class Faults(TorchFunctionMode):
         self.error, self.place, self.passage, self.lines = error, place, passage, lines
         self.passed: dict[Place, int] = {}
         self.fired = False
+        self.latest: dict[int, int] = {}  # line, by frame
 
     def __enter__(self) -> Faults:
         super().__enter__()
@@ -80,7 +86,8 @@ class Faults(TorchFunctionMode):
         if not _own(frame):
             return None
         if self.lines:
-            if event == "line":
+            before, self.latest[id(frame)] = self.latest.get(id(frame), 0), frame.f_lineno
+            if event == "line" and not frame.f_lineno < before <= _contexts(frame.f_code.co_filename).get(frame.f_lineno, 0):
                 self._note(("line", *_where(frame)), frame)
             return self._trace
         # A generator is called once; what wakes it up later may be the end of its life, and no one hears of an error then.
@@ -99,6 +106,13 @@ class Faults(TorchFunctionMode):
 
 def _own(frame: types.FrameType) -> bool:
     return frame.f_code.co_filename.startswith(PACKAGE) or frame.f_code.co_filename == "<diffcr_surgery graph>"
+
+
+@cache
+def _contexts(filename: str) -> dict[int, int]:
+    """Return first line -> last line of each `with`. Python goes back there to call `__exit__`, and hears of Ctrl-C only after that."""
+    nodes = ast.walk(ast.parse("".join(linecache.getlines(filename))))
+    return {node.lineno: node.end_lineno or 0 for node in nodes if isinstance(node, ast.With)}
 
 
 def _where(frame: types.FrameType) -> Place:
@@ -380,8 +394,11 @@ def attack(
         # Stopped after its last step, an operation is done all the same; in between there must be nothing.
         done = situation.in_place and situation.read(situation.model) == wanted
         return "" if done else f"the model changed: {[name for name in before if before[name] != after.get(name)]}"
-    again = situation.read(situation.act())
-    return "" if again == wanted else "the next attempt gave something else"
+    again: list[Any] = []
+    other = threading.Thread(target=lambda: again.append(situation.read(situation.act())), daemon=True)
+    other.start()
+    other.join(PATIENCE)
+    return "" if again == [wanted] else "the next attempt waits for a lock" if other.is_alive() else f"the next attempt gave {again}"
 
 
 def places(operation: Callable[..., Situation], case: Case, folder: Path, lines: bool) -> list[tuple[Place, int]]:

@@ -439,13 +439,14 @@ def test_restoring_goes_on_where_it_was_stopped() -> None:
                 raise KeyboardInterrupt
             return stop if frame.f_code is convert._take_back.__code__ else None
 
+        tracer = sys.gettrace()
         sys.settrace(stop)
         try:
             dcs.restore_(model)
         except KeyboardInterrupt:
             pass
         finally:
-            sys.settrace(None)
+            sys.settrace(tracer)
         if hasattr(model, "diffcr"):
             dcs.restore_(model)
         assert snapshot(model) == before

@@ -76,7 +76,7 @@ def steady(readings: list[Reading], calls: int) -> None:
     print(figures)
     assert len(set(figures["tensors"])) == 1, figures
     assert len(set(figures["graphs"])) == 1 and len({one.recordings for one in late}) == 1, figures
-    assert slope([one.objects for one in late], 1) <= 1.0, figures  # a round: its reading
+    assert slope([one.objects for one in late], calls) < 0.3, figures  # a call; readings and threads of other tests add a few a round
     if tracemalloc.is_tracing():
         assert slope([one.python for one in late], 1) < 4096, figures  # a round; what the test itself keeps of it
     else:

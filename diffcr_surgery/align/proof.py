@@ -6,8 +6,8 @@ was really called with, shaken too, so that a mask of ones or a table of zeros h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,8 @@ class Subject:
         read: Indices of the outputs that are used.
         overwritten: Indices of the arguments the block writes into.
         off: Paths of flags that say a mask is causal: true of tokens in order alone, so the mask has to speak for itself.
+        original: The block as it is.
+        upcast: Whether the copy is in single precision.
     """
 
     block: Callable[..., Any]
@@ -60,6 +62,8 @@ class Subject:
     read: list[int]
     overwritten: set[int]
     off: dict[str, bool]
+    original: nn.Module
+    upcast: bool
 
     @classmethod
     def prepare(cls, block: nn.Module, args: Any, kwargs: Any, unread: frozenset[str] = frozenset()) -> Subject:
@@ -82,8 +86,22 @@ class Subject:
             read = [i for i, path in enumerate(outputs) if path not in unread]
             if all(bool(baseline[i].isfinite().all()) for i in read if baseline[i].is_floating_point()):
                 written = {i for i, (t, before) in enumerate(zip(given, trial, strict=True)) if not torch.equal(t, before)}
-                return cls(twin, trial, template, paths, [t.clone() for t in baseline], outputs, read, written, off)
+                return cls(twin, trial, template, paths, [t.clone() for t in baseline], outputs, read, written, off, block, upcast)
         raise RuntimeError(f"it cannot be run on its own: {failure or 'its output is not finite'}")
+
+    def again(self) -> Iterator[Subject]:
+        """Yield the same with two more draws of its arguments and, shaken less, of its weights, as far as the block can take them."""
+        for draw in (1, 2):
+            twin = _shaken_copy(self.original, self.upcast, _device(self.tensors), draw, by=0.5)
+            tensors = [_shaken(t, generator(1000 * draw + i), upcast=False) for i, t in enumerate(self.tensors)]
+            try:
+                baseline = _call(twin, self.template, [t.clone() for t in tensors])[1]
+            except OUT_OF_MEMORY:
+                raise
+            except Exception:  # values out of the range of the block
+                continue
+            if all(bool(baseline[i].isfinite().all()) for i in self.read if baseline[i].is_floating_point()):
+                yield replace(self, block=twin, tensors=tensors, baseline=[t.clone() for t in baseline])
 
     def error(
         self,
@@ -234,17 +252,17 @@ def _device(tensors: Sequence[Tensor]) -> torch.device:
     return tensors[0].device if tensors else torch.device("cpu")
 
 
-def _shaken_copy(block: nn.Module, upcast: bool, device: torch.device) -> nn.Module:
+def _shaken_copy(block: nn.Module, upcast: bool, device: torch.device, seed: int = 0, by: float = 1.0) -> nn.Module:
     twin = bare_copy(block, device).eval()
     low = any(p.dtype in (torch.float16, torch.bfloat16) for p in twin.parameters())
     if upcast and low:
         twin = twin.float()
-    pool = torch.randn(65_537, generator=generator(0))  # drawing millions of numbers would cost as much as running the block
+    pool = torch.randn(65_537, generator=generator(seed))  # drawing millions of numbers would cost as much as running the block
     with torch.no_grad():
         for p in twin.parameters():
             p.requires_grad_(False)
             if p.is_floating_point():
                 fan_in = p.shape[-1] if p.ndim > 1 else 25
                 noise = pool.repeat(-(-p.numel() // len(pool)))[: p.numel()].reshape(p.shape).to(p.device, p.dtype)
-                p.add_(noise, alpha=fan_in**-0.5)
+                p.add_(noise, alpha=by * fan_in**-0.5)
     return twin

@@ -150,7 +150,10 @@ def emit_site(
         return results
     if call.branches == "boundary":
         return emitter.branch(decision.lower, (decision.upper, weight))
-    lower, upper = emitter.branch(decision.lower), emitter.branch(decision.upper, second=True)
+    # Last in the forward is first in the backward. What the lower run sends back comes first and keeps its strides, which decide in what
+    # order a sum further up adds: at ratio 0, where the upper run adds nothing, gradients are the dense model's to the last bit.
+    upper = emitter.branch(decision.upper, extra=True)
+    lower = emitter.branch(decision.lower)
     batch = parse_axes(call.pattern).batch
     axes = {item: batch if item is None else call.batches.get(item, batch) for item in lower}
     return {item: graph.call_function(ops.blend, (lower[item], upper[item], weight, axes[item])) for item in lower}
@@ -231,24 +234,24 @@ class _Site:
         base = self.graph.call_function(torch.zeros_like, (processed,)) if self.call.outside else tokens
         return _named(self.graph, f"gated_{self.call.index}", ops.gate_update, (base, processed, factor, self.call.pattern))
 
-    def branch(self, ratio: float, toward: tuple[float, fx.Node] | None = None, *, second: bool = False) -> dict[int | str | None, fx.Node]:
+    def branch(self, ratio: float, toward: tuple[float, fx.Node] | None = None, *, extra: bool = False) -> dict[int | str | None, fx.Node]:
         """Emit the block at one ratio.
 
         Args:
             ratio: Share of the tokens that bypass.
             toward: A higher ratio and the blend weight, if this run is to stand for both (``branches="boundary"``).
-            second: Whether this is the second run of the block.
+            extra: Whether this is the run of the block that the original model does not make.
         """
         call, graph = self.call, self.graph
         count = call.kept(ratio)
         if count == call.tokens:
-            return self._whole(toward, second)
+            return self._whole(toward, extra)
         if ratio == 1.0 and not self.blended and not call.staying and self.items in ([], [call.output]):
             skip = self._skip()  # nothing enters the block
             return {call.output: graph.call_method("clone", (skip,)) if self.shared.risky and skip is self.stream else skip}
         kept = self.kept(count)
         tokens = _named(graph, f"tokens_{call.index}", gather_tokens, (self.stream, kept, call.pattern, call.tokens))
-        results = self._run_kept(kept, tokens, second, count)
+        results = self._run_kept(kept, tokens, extra, count)
         factor = graph.call_function(ops.take_factors, (self.factor(toward, decided=True), kept))
         processed = self.gated(tokens, results[call.output], factor)
         results[call.output] = _named(graph, f"stream_{call.index}", scatter_tokens, (self._skip(), processed, kept, call.pattern))
@@ -258,7 +261,7 @@ class _Site:
         """Return what a bypassed token goes on as: itself, or nothing where the residual is added after the block."""
         return self.graph.call_function(torch.zeros_like, (self.stream,)) if self.call.outside else self.stream
 
-    def _whole(self, toward: tuple[float, fx.Node] | None, second: bool) -> dict[int | str | None, fx.Node]:
+    def _whole(self, toward: tuple[float, fx.Node] | None, extra: bool) -> dict[int | str | None, fx.Node]:
         """Emit the block on all tokens: nothing is gathered; only the paper's gate, or the blend, still scales."""
         call = self.call
         args, kwargs = self.arguments
@@ -266,12 +269,12 @@ class _Site:
         if call.overwrites and (scaled or self.blended):
             copied = self.graph.call_method("clone", (self.stream,))
             args, kwargs = map_leaves(self.arguments, lambda path, leaf: copied if path == call.stream else leaf)
-        results = self._call(args, kwargs, second)
+        results = self._call(args, kwargs, extra)
         if scaled:
             results[call.output] = self.gated(self.stream, results[call.output], self.factor(toward, decided=False))
         return results
 
-    def _run_kept(self, kept: fx.Node, tokens: fx.Node, second: bool, count: int) -> dict[int | str | None, fx.Node]:
+    def _run_kept(self, kept: fx.Node, tokens: fx.Node, extra: bool, count: int) -> dict[int | str | None, fx.Node]:
         call, graph = self.call, self.graph
         sizes = {"n": count - staying_count(call.staying), "m+n": count, "off": False}
         arguments = map_leaves(self.arguments, lambda path, leaf: sizes[call.counts[path]] if path in call.counts else leaf)
@@ -288,13 +291,13 @@ class _Site:
 
         args, kwargs = map_leaves(arguments, gather)
         if not apart:
-            return self._call(args, kwargs, second)
+            return self._call(args, kwargs, extra)
         inner = (graph.get_attr(call.path), args, kwargs, sample_axes(call.axes), call.samples, parse_axes(call.pattern).batch or 0)
-        target = ops.per_sample_without_random_trace if second and call.random else per_sample
+        target = ops.per_sample_without_random_trace if extra and call.random else per_sample
         return self._items(_named(graph, f"block_{call.index}", target, inner))
 
-    def _call(self, args: Any, kwargs: Any, second: bool) -> dict[int | str | None, fx.Node]:
-        if not (second and self.call.random):
+    def _call(self, args: Any, kwargs: Any, extra: bool) -> dict[int | str | None, fx.Node]:
+        if not (extra and self.call.random):
             return emit_block(self.graph, self.call.path, args, kwargs, self.items)
         block = self.graph.get_attr(self.call.path)
         return self._items(self.graph.call_function(ops.without_random_trace, (block, args, kwargs)))

@@ -173,9 +173,9 @@ def blend(lower: Tensor, upper: Tensor, weight: Tensor, batch: int | None) -> Te
 
 
 def without_random_trace(block: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Run a block with dropout a second time, and leave the random state as if it had not run.
+    """Run a block with dropout once more than the original model does, and leave the random state as if it had not run.
 
-    The blocks after it then draw what they would draw in the original model.
+    Its own run and the blocks after it then draw what they would draw in the original model.
     """
     device = _device_of((args, kwargs))
     state = rng_state(device)

@@ -238,8 +238,11 @@ class Denoiser(nn.Module):
         x = {"b n c": lambda: x, "n b c": lambda: x.transpose(0, 1), "n c": lambda: x[0]}[form.layout]()
         kept: list[Tensor] = []
         for block in self.blocks:
-            skip = kept.pop() if hasattr(block, "merge") else None
-            kept.append(x)
+            skip = None
+            if hasattr(block, "merge"):
+                skip = kept.pop()
+            else:
+                kept.append(x)
             given = self.norm(x) if form.residual == "outside" else x
             y = block(given, c=c, text=None if form.text_inside else words, rotary=rotary, bias=bias, skip=skip)
             if form.block == "joint" and words is not None:

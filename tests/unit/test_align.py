@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
+import diffcr_surgery as dcs
 from diffcr_surgery.align import align_block
 from diffcr_surgery.align.proof import tolerance
 from diffcr_surgery.detect import named_leaves
+from diffcr_surgery.testing.denoisers import Architecture, Denoiser
 from diffcr_surgery.trace.recording import BlockSample
 
 WIDTH = 8
@@ -224,3 +226,12 @@ def test_under_autocast_what_is_computed_in_less_is_proven_in_less() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert tolerance(exact) == tolerance(coarse)
     assert tolerance(exact) < 1e-3
+
+
+@pytest.mark.parametrize("seed", [3, 8, 10, 11])
+def test_attention_that_looks_at_one_token_hides_no_mask(seed: int) -> None:
+    """Of two tokens each sees but one here, whatever the bias adds, so that on one draw any axes of it will do."""
+    model = Denoiser(Architecture(width=6, condition="token", rotary="shared", bias="pairs"), seed=33914)
+    latent = torch.randn(2, 2, 6, generator=torch.Generator().manual_seed(seed))
+    (site,) = dcs.plan(model, {"latent": latent, "timestep": torch.zeros(2)}).sites
+    assert site.aligned["bias"] == "n n"

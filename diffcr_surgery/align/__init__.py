@@ -2,7 +2,8 @@
 
 The smallest set of arguments is wanted that has to be permuted along with the stream. An argument that is permuted without need is a
 fault too: text keys of the same length as the image pass any permutation test, and gathering them would throw words away. The search
-therefore begins with the stream alone, and drops from any larger set what can be dropped.
+therefore begins with the stream alone. Then it tells each argument by itself, while the others are the same for every token; whole sets
+are tried only where that does not lead to a proof.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ class _Trial:
         index = self.subject.paths.index(self.raw[stream])
         tensor = self.subject.tensors[index]
         outputs = [i for i in self.subject.read if self.subject.baseline[i].shape == tensor.shape]
-        for output, pattern in itertools.product(outputs, _stream_patterns(tensor)):
+        for widely, output, pattern in itertools.product((False, True) if search else (False,), outputs, _stream_patterns(tensor)):
             axes = parse_axes(pattern)
             moving = mark[None] if axes.batch is None else mark if axes.batch == 0 else mark.T
             if axes.tokens == (0,) and tensor.ndim == 3 and not self.subject.mixes(index, output, 0):
@@ -184,7 +185,8 @@ class _Trial:
             if int(moving.sum(1).min()) < 1:
                 self.complaint = "the stream of a sample holds no token that stems from the latent"
                 continue
-            for assignment in self._assignments(index, pattern, moving, hint, search):
+            ways = self._sets(index, pattern, moving) if widely else self._likely(index, [output], pattern, moving, hint, search)
+            for assignment in ways:
                 error = self._error(assignment, index, output, moving, pattern)
                 if error <= self._tolerance():
                     needless = [] if search else self._needless(assignment, index, output, moving, pattern)
@@ -210,7 +212,8 @@ class _Trial:
         outputs = [i for i in self.subject.read if self.subject.baseline[i].shape == self.subject.tensors[index].shape]
         if len(outputs) < 2 or mark.ndim != 2:
             return []
-        for assignment in self._assignments(index, "b n c", mark, None, True):
+        likely = self._likely(index, outputs, "b n c", mark, None, True)
+        for assignment in itertools.chain(likely, self._sets(index, "b n c", mark)):
             self.count += 1
             try:
                 error = self._gap(assignment, index, outputs, mark, "b n c")
@@ -279,12 +282,10 @@ class _Trial:
     def _needless(self, patterns: dict[str, str], stream: int, output: int, moving: Tensor, pattern: str) -> list[str]:
         """Return the arguments without which a declared set passes too: text keys, say, which any permutation leaves alone."""
         own = self.subject.paths[stream]
-        batch = parse_axes(pattern).batch
-        samples = None if batch is None else self.subject.tensors[stream].shape[batch]
         moved = {path: axes for path, axes in patterns.items() if parse_axes(axes).tokens}
         found = []
         for path in moved.keys() - {own}:
-            fewer = self._complete({other: axes for other, axes in moved.items() if other != path}, samples, batch)
+            fewer = next(self._completed({other: axes for other, axes in moved.items() if other != path}, stream, pattern))
             if self._error(fewer, stream, output, moving, pattern) <= self._tolerance():
                 found.append(self.named[path])
         return sorted(found)
@@ -309,31 +310,26 @@ class _Trial:
         later = torch.arange(moving.shape[1], device=staying.device, dtype=torch.float32).expand(staying.shape)
         return keep_tokens(rank_tokens(later, staying), count, in_order=True)
 
-    def _assignments(
-        self, stream: int, pattern: str, moving: Tensor, hint: dict[str, str] | None, search: bool
+    def _likely(
+        self, stream: int, outputs: list[int], pattern: str, moving: Tensor, hint: dict[str, str] | None, search: bool
     ) -> Iterator[dict[str, str]]:
-        """Yield argument sets to try, the smallest first; similar tensors of one container move together, then apart."""
+        """Yield the argument sets to try first: what is declared, the stream alone, and what moves one by one."""
         own = self.subject.paths[stream]
-        tokens, ahead = moving.shape[1], prefix_of(moving)
-        batch = parse_axes(pattern).batch
-        samples = None if batch is None else self.subject.tensors[stream].shape[batch]
         if hint is not None:
             moved = {self.raw[name]: axes for name, axes in hint.items() if name in self.raw and parse_axes(axes).tokens}
             if own in moved:
-                yield from self._completed(moved, samples, batch)
-        if not search:
-            return
-        options = {
-            path: _options(t, tokens, samples, batch, self._prefixes(tokens), ahead)
-            for path, t in zip(self.subject.paths, self.subject.tensors, strict=True)
-            if path != own
-        }
-        shapes = dict(zip(self.subject.paths, (t.shape for t in self.subject.tensors), strict=True))
-        together: dict[tuple[str, torch.Size], list[str]] = {}
-        for path in (path for path, found in options.items() if found):
-            together.setdefault((path.rpartition(".")[0] if path.count(".") > 1 else path, shapes[path]), []).append(path)
-        groups = [paths for paths in together.values()]
-        apart = [[path] for path in options if options[path]]
+                yield from self._completed(moved, stream, pattern)
+        if search:
+            yield from self._completed({own: pattern}, stream, pattern)
+            found = self._one_by_one(stream, outputs, pattern, moving)
+            if found is not None:
+                yield from self._completed(found, stream, pattern)
+
+    def _sets(self, stream: int, pattern: str, moving: Tensor) -> Iterator[dict[str, str]]:
+        """Yield any argument sets, the smallest first; similar tensors of one container move together, then apart."""
+        own = self.subject.paths[stream]
+        options, groups = self._options(stream, pattern, moving)
+        apart = [[path] for path in options]
         rounds = [groups] if len(groups) == len(apart) else [groups, apart]
         tried: set[frozenset[tuple[str, str]]] = set()
         for likely in _by_likelihood(options):
@@ -341,17 +337,62 @@ class _Trial:
             for moved in itertools.islice(sets, MAX_TRIALS):
                 if frozenset(moved.items()) not in tried:
                     tried.add(frozenset(moved.items()))
-                    yield from self._completed({own: pattern} | moved, samples, batch)
+                    yield from self._completed({own: pattern} | moved, stream, pattern)
+
+    def _options(self, stream: int, pattern: str, moving: Tensor) -> tuple[dict[str, list[str]], list[list[str]]]:
+        """Return the arguments that could move -> how; and those paths by container and shape."""
+        batch = parse_axes(pattern).batch
+        samples = None if batch is None else self.subject.tensors[stream].shape[batch]
+        tokens, ahead = moving.shape[1], prefix_of(moving)
+        options, groups = {}, dict[tuple[str, torch.Size], list[str]]()
+        for path, t in zip(self.subject.paths, self.subject.tensors, strict=True):
+            found = _options(t, tokens, samples, batch, self._prefixes(tokens), ahead)
+            if found and path != self.subject.paths[stream]:
+                options[path] = found
+                groups.setdefault((path.rpartition(".")[0] if path.count(".") > 1 else path, t.shape), []).append(path)
+        return options, list(groups.values())
+
+    def _one_by_one(self, stream: int, outputs: list[int], pattern: str, moving: Tensor) -> dict[str, str] | None:
+        """Return the arguments that move, each told by itself while the others are the same for every token.
+
+        So the trials add up, where those of whole sets multiply. What shows beside another argument alone is left to those.
+        """
+        own = {self.subject.paths[stream]: pattern}
+        options, groups = self._options(stream, pattern, moving)
+        axes = {path: {axis for words in found for axis in parse_axes(words).tokens} for path, found in options.items()}
+        moved: dict[str, str] = {}
+        for group in groups:
+            level = self.subject.leveled(axes, but=group)
+            self.count += 1
+            ways = dict.fromkeys(words for likely in _by_likelihood(options) for words in likely[group[0]])
+            sets: list[dict[str, str]] = [{}, *(dict.fromkeys(group, words) for words in ways)]
+            found = next((each for each in sets if level is not None and self._moves(level, stream, outputs, moving, own | each)), None)
+            if found is None:
+                return None
+            moved |= found
+        return own | moved if moved else None
+
+    def _moves(self, level: Subject, stream: int, outputs: list[int], moving: Tensor, moved: dict[str, str]) -> bool:
+        pattern = moved[level.paths[stream]]
+        for patterns in self._completed(moved, stream, pattern):
+            self.count += 1
+            try:
+                if level.error(patterns, stream, outputs, moving, pattern) <= self._tolerance():
+                    return True
+            except OUT_OF_MEMORY:
+                raise
+            except Exception:  # as in _error
+                continue
+        return False
 
     def _prefixes(self, tokens: int) -> set[int]:
         """Return the lengths a prefix or suffix may have: the sizes seen anywhere in the arguments."""
         sizes = {size for t in self.subject.tensors for size in t.shape}
         return sizes | {a + b for a in sizes for b in sizes}
 
-    def _complete(self, moved: dict[str, str], samples: int | None, batch: int | None) -> dict[str, str]:
-        return next(self._completed(moved, samples, batch))
-
-    def _completed(self, moved: dict[str, str], samples: int | None, batch: int | None) -> Iterator[dict[str, str]]:
+    def _completed(self, moved: dict[str, str], stream: int, pattern: str) -> Iterator[dict[str, str]]:
+        batch = parse_axes(pattern).batch
+        samples = None if batch is None else self.subject.tensors[stream].shape[batch]
         tensors = dict(zip(self.subject.paths, self.subject.tensors, strict=True))
         first = complete(moved, tensors, samples, batch)
         yield first

@@ -6,7 +6,7 @@ was really called with, shaken too, so that a mask of ones or a table of zeros h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,6 +51,7 @@ class Subject:
         off: Paths of flags that say a mask is causal: true of tokens in order alone, so the mask has to speak for itself.
         original: The block as it is.
         upcast: Whether the copy is in single precision.
+        draw: Number of the permutations it is tried on.
     """
 
     block: Callable[..., Any]
@@ -64,6 +65,7 @@ class Subject:
     off: dict[str, bool]
     original: nn.Module
     upcast: bool
+    draw: int = 0
 
     @classmethod
     def prepare(cls, block: nn.Module, args: Any, kwargs: Any, unread: frozenset[str] = frozenset()) -> Subject:
@@ -90,18 +92,31 @@ class Subject:
         raise RuntimeError(f"it cannot be run on its own: {failure or 'its output is not finite'}")
 
     def again(self) -> Iterator[Subject]:
-        """Yield the same with two more draws of its arguments and, shaken less, of its weights, as far as the block can take them."""
+        """Yield the same with two more draws of permutations, arguments and, shaken less, weights, as far as the block can take them."""
         for draw in (1, 2):
             twin = _shaken_copy(self.original, self.upcast, _device(self.tensors), draw, by=0.5)
             tensors = [_shaken(t, generator(1000 * draw + i), upcast=False) for i, t in enumerate(self.tensors)]
-            try:
-                baseline = _call(twin, self.template, [t.clone() for t in tensors])[1]
-            except OUT_OF_MEMORY:
-                raise
-            except Exception:  # values out of the range of the block
-                continue
-            if all(bool(baseline[i].isfinite().all()) for i in self.read if baseline[i].is_floating_point()):
-                yield replace(self, block=twin, tensors=tensors, baseline=[t.clone() for t in baseline])
+            other = self.on(tensors, twin)
+            if other is not None:
+                yield replace(other, draw=draw)
+
+    def leveled(self, axes: dict[str, set[int]], but: Collection[str]) -> Subject | None:
+        """Return the same with arguments that do not vary along given axes, except for some; ``None`` where the block cannot take them."""
+        named = zip(self.paths, self.tensors, strict=True)
+        return self.on([t if path in but else _level(t, axes.get(path, set())) for path, t in named])
+
+    def on(self, tensors: list[Tensor], block: Callable[..., Any] | None = None) -> Subject | None:
+        """Return the same with other arguments, ``None`` where the block cannot take them."""
+        block = self.block if block is None else block
+        try:
+            baseline = _call(block, self.template, [t.clone() for t in tensors])[1]
+        except OUT_OF_MEMORY:
+            raise
+        except Exception:  # values out of its range, say
+            return None
+        if not all(bool(baseline[i].isfinite().all()) for i in self.read if baseline[i].is_floating_point()):
+            return None
+        return replace(self, block=block, tensors=tensors, baseline=[t.clone() for t in baseline])
 
     def error(
         self,
@@ -122,12 +137,8 @@ class Subject:
             pattern_out: Axis pattern of those outputs.
             counts: Path -> another value for a number among the arguments.
         """
-        source = generator(0)
         tokens = moving.shape[1]
-        order = torch.arange(tokens).repeat(moving.shape[0], 1)
-        for row, mark in zip(order, moving, strict=True):
-            places = mark.nonzero().flatten()
-            row[places] = places[torch.randperm(len(places), generator=source)]
+        order = _permutations(moving, generator(self.draw))
         order = order.to(self.tensors[stream].device)
         moved = self.run(patterns, order, tokens, pattern_out, counts)
         plain = torch.arange(tokens, device=order.device).expand_as(order)
@@ -191,6 +202,18 @@ class Subject:
         return flatten(per_sample(self.block, args, kwargs, sample_axes(patterns), kept.shape[0], joined))[1]
 
 
+def _permutations(moving: Tensor, source: torch.Generator) -> Tensor:
+    """Return indices ``b n`` that permute the moving tokens of each sample at random; not those of all samples into where they were."""
+    order = torch.arange(moving.shape[1]).repeat(moving.shape[0], 1)
+    places = [mark.nonzero().flatten().cpu() for mark in moving]
+    for row, own in zip(order, places, strict=True):
+        row[own] = own[torch.randperm(len(own), generator=source)]
+    if bool((order.diff(dim=1) == 1).all()):
+        for row, own in zip(order, places, strict=True):
+            row[own] = own.roll(1)
+    return order
+
+
 def _causal_flags(block: nn.Module, template: Any, tensors: list[Tensor]) -> dict[str, bool]:
     """Return the flags that say of a mask that it is causal, switched off, if the mask then does the same by itself."""
     found: dict[str, bool] = {}
@@ -246,6 +269,14 @@ def _shaken(t: Tensor, source: torch.Generator, upcast: bool) -> Tensor:
     finite = t[t.isfinite()]
     spread = finite.abs().std() if finite.numel() > 1 else finite.new_zeros(())
     return t + 0.5 * noise * torch.where(spread > 1e-6, spread, torch.ones_like(spread)).to(noise.dtype)
+
+
+def _level(t: Tensor, axes: set[int]) -> Tensor:
+    """Return ``t`` without change along some axes: everywhere the largest value, which a mask lets through; of complex ones the first."""
+    for axis in axes:
+        one = t.narrow(axis, 0, 1) if t.is_complex() else t.amax(axis, keepdim=True)
+        t = one.expand_as(t)
+    return t.contiguous()
 
 
 def _device(tensors: Sequence[Tensor]) -> torch.device:

@@ -24,7 +24,7 @@ LAWS = (
     "check_conversion", "check_bypass", "check_mixed_timesteps", "check_gradients", "check_round_trip", "check_specialization",
     "check_pattern",
 )  # fmt: skip
-EXAMPLES = 80
+EXAMPLES = 200
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import diffcr_surgery as dcs
 from diffcr_surgery.align import align_block
-from diffcr_surgery.align.proof import tolerance
+from diffcr_surgery.align.proof import _permutations, tolerance
 from diffcr_surgery.detect import named_leaves
 from diffcr_surgery.testing.denoisers import Architecture, Denoiser
 from diffcr_surgery.trace.recording import BlockSample
@@ -235,3 +235,18 @@ def test_attention_that_looks_at_one_token_hides_no_mask(seed: int) -> None:
     latent = torch.randn(2, 2, 6, generator=torch.Generator().manual_seed(seed))
     (site,) = dcs.plan(model, {"latent": latent, "timestep": torch.zeros(2)}).sites
     assert site.aligned["bias"] == "n n"
+
+
+def test_two_tokens_of_one_sample_change_places() -> None:
+    """A permutation that moves nothing would prove anything."""
+    moving = torch.ones(1, 2, dtype=torch.bool)
+    assert all(_permutations(moving, torch.Generator().manual_seed(seed)).tolist() == [[1, 0]] for seed in range(8))
+
+
+def test_arguments_are_told_one_by_one() -> None:
+    """Five arguments of many like lengths: by sets they took thousands of trials, and were not found."""
+    form = Architecture(block="joint", heads=2, condition="token", rotary="shared", bias="keys", layout="n b c")
+    source = torch.Generator().manual_seed(0)
+    latent, text = torch.randn(2, 3, 4, generator=source), torch.randn(2, 4, 4, generator=source)
+    (site,) = dcs.plan(Denoiser(form), {"latent": latent, "timestep": torch.tensor([91.0, 583.0]), "text": text}).sites
+    assert site.aligned == {"x": "n b c", "c": "b n c", "rotary.0": "m+n c", "rotary.1": "m+n c", "bias": "b 1 1 m+n"}

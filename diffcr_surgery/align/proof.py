@@ -6,7 +6,7 @@ was really called with, shaken too, so that a mask of ones or a table of zeros h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -95,20 +95,20 @@ class Subject:
         """Yield the same with two more draws of permutations, arguments and, shaken less, weights, as far as the block can take them."""
         for draw in (1, 2):
             twin = _shaken_copy(self.original, self.upcast, _device(self.tensors), draw, by=0.5)
-            tensors = [_shaken(t, generator(1000 * draw + i), upcast=False) for i, t in enumerate(self.tensors)]
-            other = self.on(tensors, twin)
+            other = self.on((_shaken(t, generator(1000 * draw + i), upcast=False) for i, t in enumerate(self.tensors)), twin)
             if other is not None:
                 yield replace(other, draw=draw)
 
     def leveled(self, axes: dict[str, set[int]], but: Collection[str]) -> Subject | None:
         """Return the same with arguments that do not vary along given axes, except for some; ``None`` where the block cannot take them."""
         named = zip(self.paths, self.tensors, strict=True)
-        return self.on([t if path in but else _level(t, axes.get(path, set())) for path, t in named])
+        return self.on(t if path in but else _level(t, axes.get(path, set())) for path, t in named)
 
-    def on(self, tensors: list[Tensor], block: Callable[..., Any] | None = None) -> Subject | None:
+    def on(self, tensors: Iterable[Tensor], block: Callable[..., Any] | None = None) -> Subject | None:
         """Return the same with other arguments, ``None`` where the block cannot take them."""
         block = self.block if block is None else block
         try:
+            tensors = list(tensors)
             baseline = _call(block, self.template, [t.clone() for t in tensors])[1]
         except OUT_OF_MEMORY:
             raise

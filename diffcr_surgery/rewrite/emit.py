@@ -150,8 +150,8 @@ def emit_site(
         return results
     if call.branches == "boundary":
         return emitter.branch(decision.lower, (decision.upper, weight))
-    # Last in the forward is first in the backward. What the lower run sends back comes first and keeps its strides, which decide in what
-    # order a sum further up adds: at ratio 0, where the upper run adds nothing, gradients are the dense model's to the last bit.
+    # Last in the forward is first in the backward. What the original run sends back has to come first: its strides decide in what order a
+    # sum further up adds, and at ratio 0, where all else is zeros, gradients are to be the dense model's to the last bit.
     upper = emitter.branch(decision.upper, extra=True)
     lower = emitter.branch(decision.lower)
     batch = parse_axes(call.pattern).batch
@@ -269,9 +269,11 @@ class _Site:
         if call.overwrites and (scaled or self.blended):
             copied = self.graph.call_method("clone", (self.stream,))
             args, kwargs = map_leaves(self.arguments, lambda path, leaf: copied if path == call.stream else leaf)
+        # A node from before the block, so that the zeros it sends back come after what the block does; see `emit_site`.
+        base = self.stream if toward is None else self.graph.call_method("view_as", (self.stream, self.stream))
         results = self._call(args, kwargs, extra)
         if scaled:
-            results[call.output] = self.gated(self.stream, results[call.output], self.factor(toward, decided=False))
+            results[call.output] = self.gated(base, results[call.output], self.factor(toward, decided=False))
         return results
 
     def _run_kept(self, kept: fx.Node, tokens: fx.Node, extra: bool, count: int) -> dict[int | str | None, fx.Node]:

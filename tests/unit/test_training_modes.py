@@ -117,13 +117,26 @@ def test_a_checkpointed_site_gives_the_same_and_keeps_only_its_inputs(name: str,
     assert kept[True] < 0.6 * kept[False]
 
 
-@pytest.mark.parametrize("seed", [0, 12, 14, 28])
-def test_gradients_at_ratio_0_are_added_in_the_dense_models_order(seed: int) -> None:
-    """The run at the other ratio sends zeros back to tables. Had they come first, a sum over a table would have gone by their strides."""
-    model = Denoiser(Architecture(block="single", rotary="sample", bias="keys", text_last=True))
-    source = torch.Generator().manual_seed(seed)
-    inputs = {"latent": torch.randn(1, 4, 4, generator=source), "text": torch.randn(1, 2, 4, generator=source)}
-    check_conversion(model, inputs, dcs.DiffCRConfig(bins=(0.0, 0.25, 0.5, 0.75, 1.0)))
+@each_way
+@pytest.mark.parametrize(
+    "form",
+    [
+        Architecture(block="single", rotary="sample", bias="keys", text_last=True),
+        Architecture(depth=2, condition="sample", skips=True, layout="n b c"),
+    ],
+    ids=["tables", "skips"],
+)
+def test_gradients_at_ratio_0_are_added_in_the_dense_models_order(form: Architecture, branches: str) -> None:
+    """The other ratio sends zeros back. Had they come first, a sum over a table or a stream would have gone by their strides."""
+    for seed in (0, 1, 2, 12, 14, 28):
+        source = torch.Generator().manual_seed(seed)
+        inputs = {"latent": torch.randn(2, 5, 4, generator=source)}
+        if form.reads_text:
+            inputs["text"] = torch.randn(2, 2, 4, generator=source)
+        if form.condition != "none":
+            inputs["timestep"] = torch.zeros(2)
+        config = dcs.DiffCRConfig(bins=(0.0, 0.25, 0.5, 0.75, 1.0), branches=branches, timestep_range=(0, 1000))
+        check_conversion(Denoiser(form), inputs, config)
 
 
 @each_way

@@ -357,20 +357,23 @@ class _Trial:
 
         So the trials add up, where those of whole sets multiply. What shows beside another argument alone is left to those.
         """
-        own = {self.subject.paths[stream]: pattern}
+        moved = {self.subject.paths[stream]: pattern}
         options, groups = self._options(stream, pattern, moving)
+        shapes = dict(zip(self.subject.paths, (t.shape for t in self.subject.tensors), strict=True))
+        # First what is shaped like the stream, whose batch axis is then known where a table makes a block run sample by sample.
+        groups.sort(key=lambda group: shapes[group[0]] != self.subject.tensors[stream].shape)
         axes = {path: {axis for words in found for axis in parse_axes(words).tokens} for path, found in options.items()}
-        moved: dict[str, str] = {}
+        draws = [self.subject, *(self.subject.again() if moving.shape[1] < FEW_TOKENS else ())]  # see `_gap`
         for group in groups:
-            level = self.subject.leveled(axes, but=group)
-            self.count += 1
+            levels = [level for level in (draw.leveled(axes, but=group) for draw in draws) if level is not None]
+            self.count += len(draws)
             ways = dict.fromkeys(words for likely in _by_likelihood(options) for words in likely[group[0]])
-            sets: list[dict[str, str]] = [{}, *(dict.fromkeys(group, words) for words in ways)]
-            found = next((each for each in sets if level is not None and self._moves(level, stream, outputs, moving, own | each)), None)
-            if found is None:
+            sets = [moved, *(moved | dict.fromkeys(group, words) for words in ways)]
+            found = next((each for each in sets if all(self._moves(level, stream, outputs, moving, each) for level in levels)), None)
+            if found is None or not levels:
                 return None
-            moved |= found
-        return own | moved if moved else None
+            moved = found
+        return moved if len(moved) > 1 else None
 
     def _moves(self, level: Subject, stream: int, outputs: list[int], moving: Tensor, moved: dict[str, str]) -> bool:
         pattern = moved[level.paths[stream]]

@@ -6,6 +6,7 @@ was really called with, shaken too, so that a mask of ones or a table of zeros h
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -150,7 +151,8 @@ class Subject:
 
     def mixes(self, stream: int, output: int, axis: int) -> bool:
         """Tell whether changing the first half of the stream along ``axis`` changes the output of the rest."""
-        return any(self._heard(stream, output, axis, generator(seed)) for seed in range(4))  # sharp attention may look elsewhere
+        subjects = itertools.chain([self], self.again())  # sharp attention may look elsewhere
+        return any(subject._heard(stream, output, axis, generator(seed)) for subject in subjects for seed in range(4))
 
     def _heard(self, stream: int, output: int, axis: int, source: torch.Generator) -> bool:
         tensors = list(self.tensors)

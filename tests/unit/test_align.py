@@ -243,10 +243,23 @@ def test_two_tokens_of_one_sample_change_places() -> None:
     assert all(_permutations(moving, torch.Generator().manual_seed(seed)).tolist() == [[1, 0]] for seed in range(8))
 
 
-def test_arguments_are_told_one_by_one() -> None:
-    """Five arguments of many like lengths: by sets they took thousands of trials, and were not found."""
-    form = Architecture(block="joint", heads=2, condition="token", rotary="shared", bias="keys", layout="n b c")
+@pytest.mark.parametrize(
+    ("form", "seed", "shapes"),
+    [
+        (Architecture(block="joint", heads=2, condition="token", rotary="shared", bias="keys", layout="n b c"), 0, ((2, 3), (2, 4))),
+        (Architecture(block="joint", depth=2, heads=2, rotary="shared", bias="keys", skips=True, layout="n b c"), 0, ((2, 2), (2, 2))),
+        (Architecture(block="joint", width=6, condition="token", rotary="sample", bias="pairs", layout="n b c"), 1516, ((4, 2), (4, 2))),
+        (Architecture(block="joint", condition="sample", rotary="shared", layout="n b c"), 18959, ((1, 2), (1, 2))),
+    ],
+    ids=["many", "all alike", "sharp", "sharp on text"],
+)
+def test_arguments_are_told_one_by_one(form: Architecture, seed: int, shapes: tuple[tuple[int, int], tuple[int, int]]) -> None:
+    """Many arguments of like lengths: whole sets of them took thousands of trials, and did not lead to a proof."""
     source = torch.Generator().manual_seed(0)
-    latent, text = torch.randn(2, 3, 4, generator=source), torch.randn(2, 4, 4, generator=source)
-    (site,) = dcs.plan(Denoiser(form), {"latent": latent, "timestep": torch.tensor([91.0, 583.0]), "text": text}).sites
-    assert site.aligned == {"x": "n b c", "c": "b n c", "rotary.0": "m+n c", "rotary.1": "m+n c", "bias": "b 1 1 m+n"}
+    inputs = {name: torch.randn(*shape, form.width, generator=source) for name, shape in zip(("latent", "text"), shapes, strict=True)}
+    if form.condition != "none":
+        inputs["timestep"] = torch.linspace(100, 900, shapes[0][0])
+    for site in dcs.plan(Denoiser(form, seed), inputs).sites:
+        skipless = {name: axes for name, axes in form.moving.items() if name != "skip"}
+        assert set(site.aligned) - {"skip"} == set(skipless)
+        assert site.tokens == shapes[0][1]

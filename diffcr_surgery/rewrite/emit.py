@@ -150,10 +150,11 @@ def emit_site(
         return results
     if call.branches == "boundary":
         return emitter.branch(decision.lower, (decision.upper, weight))
-    # Last in the forward is first in the backward. What the original run sends back has to come first: its strides decide in what order a
-    # sum further up adds, and at ratio 0, where all else is zeros, gradients are to be the dense model's to the last bit.
-    upper = emitter.branch(decision.upper, extra=True)
-    lower = emitter.branch(decision.lower)
+    # Last in the forward is first in the backward, and the original's own run (lower is 0) has to come first there: its strides decide in
+    # what order a sum further up adds, and at ratio 0, where all else is zeros, gradients are to be the dense model's to the last bit.
+    ordered = (decision.upper, decision.lower) if decision.lower == 0.0 else (decision.lower, decision.upper)
+    runs = {ratio: emitter.branch(ratio, extra=ratio == decision.upper) for ratio in ordered}
+    lower, upper = runs[decision.lower], runs[decision.upper]
     batch = parse_axes(call.pattern).batch
     axes = {item: batch if item is None else call.batches.get(item, batch) for item in lower}
     return {item: graph.call_function(ops.blend, (lower[item], upper[item], weight, axes[item])) for item in lower}

@@ -156,7 +156,7 @@ def test_compiled_blocks_train_with_few_graphs_whatever_the_ratios(branches: str
         with torch.no_grad():
             dcs.ratio_table(model).fill_(ratio)
         gradients(model, inputs)
-    assert counter.frame_count <= 4  # the first length, the strides of the patches as they are embedded, one token, and all others
+    assert counter.frame_count <= 3  # the first shape, and one for all others (two where a batch is one sample at a time)
     torch._dynamo.reset()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,19 +18,19 @@ import torch
 from torch import Tensor
 
 from diffcr_surgery._tree import flatten, map_leaves
-from diffcr_surgery.align.proof import Subject, needs_samples, tolerance
-from diffcr_surgery.axes import TOKEN_WORDS, parse_axes
+from diffcr_surgery.align.candidates import by_likelihood, combinations, complete, options_of, prefix_of, stream_patterns
+from diffcr_surgery.align.proof import Subject, tolerance
+from diffcr_surgery.axes import parse_axes
 from diffcr_surgery.caches import bare_copy
 from diffcr_surgery.detect import named_leaves
 from diffcr_surgery.tokens import keep_tokens, kept_count, rank_tokens
 from diffcr_surgery.trace.recording import OUT_OF_MEMORY, BlockSample
 
-__all__ = ["Alignment", "align_block", "complete", "has_no_residual", "prefix_of"]
+__all__ = ["Alignment", "align_block", "has_no_residual"]
 
 FEW_TOKENS = 64  # of fewer, a proof draws arguments and weights three times
 MAX_TRIALS = 600  # a round; reached only where many lengths are alike
 _COUNTS_OTHERS = re.compile("head|group|dim|channel|layer|block|index|idx", re.IGNORECASE)  # numbers equal to n by chance
-_NAMES = "cdefghijkl"
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class _Trial:
         index = self.subject.paths.index(self.raw[stream])
         tensor = self.subject.tensors[index]
         outputs = [i for i in self.subject.read if self.subject.baseline[i].shape == tensor.shape]
-        for widely, output, pattern in itertools.product((False, True) if search else (False,), outputs, _stream_patterns(tensor)):
+        for widely, output, pattern in itertools.product((False, True) if search else (False,), outputs, stream_patterns(tensor)):
             axes = parse_axes(pattern)
             moving = mark[None] if axes.batch is None else mark if axes.batch == 0 else mark.T
             if axes.tokens == (0,) and tensor.ndim == 3 and not self.subject.mixes(index, output, 0):
@@ -332,8 +332,8 @@ class _Trial:
         apart = [[path] for path in options]
         rounds = [groups] if len(groups) == len(apart) else [groups, apart]
         tried: set[frozenset[tuple[str, str]]] = set()
-        for likely in _by_likelihood(options):
-            sets = itertools.chain.from_iterable(_combinations(r, likely) for r in rounds)
+        for likely in by_likelihood(options):
+            sets = itertools.chain.from_iterable(combinations(r, likely) for r in rounds)
             for moved in itertools.islice(sets, MAX_TRIALS):
                 if frozenset(moved.items()) not in tried:
                     tried.add(frozenset(moved.items()))
@@ -346,7 +346,7 @@ class _Trial:
         tokens, ahead = moving.shape[1], prefix_of(moving)
         options, groups = {}, dict[tuple[str, torch.Size], list[str]]()
         for path, t in zip(self.subject.paths, self.subject.tensors, strict=True):
-            found = _options(t, tokens, samples, batch, self._prefixes(tokens), ahead)
+            found = options_of(t, tokens, samples, batch, self._prefixes(tokens), ahead)
             if found and path != self.subject.paths[stream]:
                 options[path] = found
                 groups.setdefault((path.rpartition(".")[0] if path.count(".") > 1 else path, t.shape), []).append(path)
@@ -367,7 +367,7 @@ class _Trial:
         for group in groups:
             levels = [level for level in (draw.leveled(axes, but=group) for draw in draws) if level is not None]
             self.count += len(draws)
-            ways = dict.fromkeys(words for likely in _by_likelihood(options) for words in likely[group[0]])
+            ways = dict.fromkeys(words for likely in by_likelihood(options) for words in likely[group[0]])
             sets = [moved, *(moved | dict.fromkeys(group, words) for words in ways)]
             found = next((each for each in sets if all(self._moves(level, stream, outputs, moving, each) for level in levels)), None)
             if found is None or not levels:
@@ -403,84 +403,3 @@ class _Trial:
             other = complete(moved, tensors, samples, 0)
             if other != first:
                 yield other
-
-
-def complete(moved: dict[str, str], tensors: Mapping[str, Tensor], samples: int | None, batch: int | None) -> dict[str, str]:
-    """Add the arguments that are batched besides those that move, where a block has to be run sample by sample.
-
-    Args:
-        moved: Path -> axis pattern of those that move.
-        tensors: Path -> each argument.
-        samples: b; ``None`` for a packed stream.
-        batch: Axis of the batch in the stream; where another argument has that length elsewhere alone, it is there.
-    """
-    if samples is None or not needs_samples(moved, samples):
-        return moved
-    rest = {path: _words(t.shape, {}, _batch_axis(t.shape, (), samples, batch)) for path, t in tensors.items() if path not in moved}
-    return moved | {path: words for path, words in rest.items() if "b" in words.split()}
-
-
-def _by_likelihood(options: dict[str, list[str]]) -> Iterator[dict[str, list[str]]]:
-    """Yield the options of each argument in four rounds, from the likely ones to all.
-
-    Plain tokens come before tokens with a prefix or suffix, and patterns that leave the batch axis to the batch before those that take it.
-    """
-    plain = {"n", "n-m"}
-    for words, with_batch in ((plain, True), (plain, False), (set(TOKEN_WORDS), True), (set(TOKEN_WORDS), False)):
-        likely = {}
-        for path, found in options.items():
-            fitting = [o for o in found if words >= set(o.split()) & set(TOKEN_WORDS) and (not with_batch or o[0] != "z")]
-            likely[path] = [o for o in fitting if with_batch and "b" in o.split()] or fitting
-        yield likely
-
-
-def _combinations(groups: list[list[str]], options: dict[str, list[str]]) -> Iterator[dict[str, str]]:
-    for size in range(len(groups) + 1):
-        for chosen in itertools.combinations(groups, size):
-            for patterns in itertools.product(*(options[group[0]] for group in chosen)):
-                yield {path: axes for group, axes in zip(chosen, patterns, strict=True) for path in group}
-
-
-def _stream_patterns(stream: Tensor) -> list[str]:
-    return {2: ["n c"], 3: ["b n c", "n b c"]}.get(stream.ndim, [])
-
-
-def _batch_axes(shape: torch.Size, tokens: Collection[int], samples: int | None, batch: int | None) -> list[int]:
-    """Return where the batch axis may be: where the stream has its own, or first."""
-    order = dict.fromkeys(axis for axis in (batch, 0) if axis is not None)
-    return [axis for axis in order if axis < len(shape) and axis not in tokens and shape[axis] == samples]
-
-
-def _batch_axis(shape: torch.Size, tokens: Collection[int], samples: int | None, batch: int | None) -> int | None:
-    return next(iter(_batch_axes(shape, tokens, samples, batch)), None)
-
-
-def _words(shape: torch.Size, tokens: Mapping[int, str], at: int | None) -> str:
-    """Spell out a pattern: given token axes, then the batch axis, then plain names."""
-    names = iter(_NAMES)
-    return " ".join(tokens.get(i) or ("b" if i == at else "1" if shape[i] == 1 else next(names)) for i in range(len(shape)))
-
-
-def prefix_of(moving: Tensor) -> int:
-    """Return how many tokens stay in front of those that may bypass, 0 where it is not the same in all samples."""
-    lengths = moving.sum(1)
-    ahead = moving.shape[1] - int(lengths[0])
-    return ahead if bool((lengths == lengths[0]).all()) and bool(moving[:, ahead:].all()) else 0
-
-
-def _options(t: Tensor, tokens: int, samples: int | None, batch: int | None, prefixes: set[int], ahead: int) -> list[str]:
-    """Return the patterns under which ``t`` could be indexed by token, the plain ones first."""
-    found: list[str] = []
-    longer = {size for size in t.shape if size > tokens and size - tokens in prefixes}
-    sizes = {"n": {tokens}, "m+n": longer, "n+m": longer, "n-m": {tokens - ahead} if ahead else set()}
-    for word in TOKEN_WORDS:
-        axes = [i for i, size in enumerate(t.shape) if size in sizes[word]]
-        for count in (1, 2):
-            for chosen in itertools.combinations(axes, count):
-                if len({t.shape[i] for i in chosen}) > 1:
-                    continue
-                # Last, that none is the batch's: a table for all samples has an axis as long as the batch by chance.
-                for at in (*_batch_axes(t.shape, chosen, samples, batch), None):
-                    found.append(_words(t.shape, dict.fromkeys(chosen, word), at))
-    # A leading 1 is stretched over the batch; a block that cannot take that may still run sample by sample.
-    return found + [pattern.replace("1", "z", 1) for pattern in found if pattern.startswith("1 ") and samples != 1]

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from diffcr_surgery._tree import flatten
-from diffcr_surgery.align import Alignment, complete, prefix_of
+from diffcr_surgery.align import Alignment
+from diffcr_surgery.align.candidates import complete, prefix_of
 from diffcr_surgery.axes import Axes, parse_axes
 from diffcr_surgery.detect import named_leaves
 from diffcr_surgery.trace.recording import BlockSample

@@ -41,7 +41,7 @@ def new() -> nn.Module:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB and 20 files."""
+    """A file system of 64 KiB and 20 files. Where none may be mounted, `largest_file` is what is left of a full disk."""
     place = tmp_path / "disk"
     place.mkdir()
     made = subprocess.run(

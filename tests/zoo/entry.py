@@ -96,6 +96,16 @@ def sample(tree: Any, index: int, batch: int, shared: tuple[str, ...] = (), path
     return type(tree)(below(i, value) for i, value in enumerate(tree)) if isinstance(tree, list | tuple) else tree
 
 
+def grid(*sizes: int) -> Tensor:
+    """Positions of all cells of a grid, in row order: `(tokens, axes)`."""
+    return torch.cartesian_prod(*(torch.arange(size) for size in sizes))
+
+
+def text_mask(batch: int, length: int) -> Tensor:
+    """Padding mask: the first sample lacks one token, the next ones two, three, one..."""
+    return torch.arange(length) < (length - 1 - torch.arange(batch) % 3)[:, None]
+
+
 def tensors(tree: Any) -> list[Tensor]:
     """Every tensor in an output, in order."""
     return flatten(tree)[1]

@@ -8,18 +8,13 @@ import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
 from torch import Tensor
 
-from tests.zoo.entry import entry
+from tests.zoo.entry import entry, grid
 
 
 def padded(batch: int, length: int) -> Tensor:
     """Boolean text mask: the first prompt fills it, every further one is a token shorter, down to four."""
     lengths = torch.tensor([max(length - i, 4) for i in range(batch)])
     return torch.arange(length) < lengths[:, None]
-
-
-def grid_ids(*sizes: int) -> Tensor:
-    """Position ids `(tokens, axes)` of a grid."""
-    return torch.cartesian_prod(*(torch.arange(n) for n in sizes))
 
 
 @entry(
@@ -40,13 +35,13 @@ def grid_ids(*sizes: int) -> Tensor:
 )
 def allegro(batch: int, rows: int) -> dict[str, Any]:
     *freqs, t, h, w = get_3d_rotary_pos_embed_allegro(12, ((0, 0), (rows, 3)), (rows, 3), 3, (2.2, 2.0, 2.0))
-    grid = torch.cartesian_prod(t.long(), h.long(), w.long()).T.reshape(3, 1, -1)
+    cells = torch.cartesian_prod(t.long(), h.long(), w.long()).T.reshape(3, 1, -1)
     return {
         "hidden_states": torch.randn(batch, 4, 3, 2 * rows, 6),
         "encoder_hidden_states": torch.randn(batch, 7, 20),
         "encoder_attention_mask": padded(batch, 7).long(),
         "timestep": torch.randint(0, 1000, (batch,)),
-        "image_rotary_emb": (tuple(freqs), tuple(grid)),
+        "image_rotary_emb": (tuple(freqs), tuple(cells)),
     }
 
 
@@ -167,7 +162,7 @@ def bria_fibo(batch: int, rows: int) -> dict[str, Any]:
         "text_encoder_layers": [torch.randn(batch, 7, 14) for _ in range(4)],
         "joint_attention_kwargs": {"attention_mask": mask[:, None, None, :]},
         "txt_ids": torch.zeros(7, 3),
-        "img_ids": grid_ids(1, rows, 5).float(),
+        "img_ids": grid(1, rows, 5).float(),
     }
 
 
@@ -189,7 +184,7 @@ def bria(batch: int, rows: int) -> dict[str, Any]:
         "timestep": 1000 * torch.rand(batch),
         "encoder_hidden_states": torch.randn(batch, 7, 28) * padded(batch, 7)[..., None],
         "txt_ids": torch.zeros(7, 3),
-        "img_ids": grid_ids(1, rows, 5).float(),
+        "img_ids": grid(1, rows, 5).float(),
     }
 
 
@@ -216,7 +211,7 @@ def chroma(batch: int, rows: int) -> dict[str, Any]:
         "timestep": torch.rand(batch),
         "encoder_hidden_states": torch.randn(batch, 7, 28),
         "txt_ids": torch.zeros(7, 3),
-        "img_ids": grid_ids(1, rows, 5).float(),
+        "img_ids": grid(1, rows, 5).float(),
         "attention_mask": torch.cat([padded(batch, 7), torch.ones(batch, 5 * rows)], dim=1),
         "joint_attention_kwargs": {},
     }
@@ -311,9 +306,9 @@ def cogview4(batch: int, rows: int) -> dict[str, Any]:
 )
 def cosmos3(batch: int, rows: int) -> dict[str, Any]:
     """One packed sample, text first; every noisy token has a timestep, those of the first frame (the condition) none."""
-    text, grid = 7, (3, rows, 3)
+    text, shape = 7, (3, rows, 3)
     video, frame = 9 * rows, 3 * rows
-    ids = grid_ids(*grid).T + torch.tensor([[text + 15000], [0], [0]])
+    ids = grid(*shape).T + torch.tensor([[text + 15000], [0], [0]])
     return {
         "input_ids": torch.randint(0, 40, (text,)),
         "text_indexes": torch.arange(text),
@@ -321,7 +316,7 @@ def cosmos3(batch: int, rows: int) -> dict[str, Any]:
         "und_len": text,
         "sequence_length": text + video,
         "vision_tokens": [torch.randn(1, 5, 3, 2 * rows, 6)],
-        "vision_token_shapes": [grid],
+        "vision_token_shapes": [shape],
         "vision_sequence_indexes": torch.arange(text, text + video),
         "vision_mse_loss_indexes": torch.arange(text + frame, text + video),
         "vision_timesteps": (1000 * torch.rand(1)).repeat(2 * frame),

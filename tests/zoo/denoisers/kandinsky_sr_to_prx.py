@@ -6,19 +6,9 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tests.zoo.entry import entry
-
-
-def text_mask(batch: int, length: int) -> Tensor:
-    """Padding mask: the first sample lacks one token, the next ones two, three, one..."""
-    return torch.arange(length) < (length - 1 - torch.arange(batch) % 3)[:, None]
-
-
-def grid(*sizes: int) -> Tensor:
-    """Positions of all cells of a grid, in row order."""
-    return torch.stack(torch.meshgrid(*map(torch.arange, sizes), indexing="ij"), dim=-1).flatten(0, -2)
+from tests.zoo.entry import entry, grid, text_mask
 
 
 @entry(

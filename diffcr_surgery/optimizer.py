@@ -92,8 +92,27 @@ class RatioOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        group = self.param_groups[0]
-        parameter = group["params"][0]
+        parameter = self._parameter()
+        table, visits, earlier = whole(parameter).double().cpu(), self._diffcr.visits, self.state.get(parameter)
+        gradient = self._gradient(parameter)
+        moved, state = self._next(table, gradient, {} if earlier is None else earlier)
+        try:
+            assign_(parameter, moved.to(parameter.dtype))
+            if gradient is not None:
+                self._diffcr.visits = torch.zeros_like(visits)
+            self.state[parameter] = state
+            return loss
+        except BaseException:  # by Ctrl-C, say: a step that is stopped midway has not been taken
+            assign_(parameter, table.to(parameter.dtype))
+            self._diffcr.visits = visits
+            self.state.pop(parameter, None)
+            if earlier is not None:
+                self.state[parameter] = earlier
+            raise
+
+    def _parameter(self) -> torch.Tensor:
+        """Return the table, if it is still the model's own and trained."""
+        parameter: torch.Tensor = self.param_groups[0]["params"][0]
         current = self._diffcr.ratio_table
         gathered = hasattr(parameter, "full_tensor") and not hasattr(current, "full_tensor")  # fully_shard, between forward and backward
         if parameter is not current and not gathered:
@@ -102,10 +121,11 @@ class RatioOptimizer(torch.optim.Optimizer):
                 "after that."
             )
         _check_learned(self._diffcr)
-        budget, target = self._diffcr.budget, self._diffcr.target_saving
-        table, gradient = whole(parameter).double().cpu(), self._gradient(parameter)
-        visits = self._diffcr.visits if gradient is None else torch.zeros_like(self._diffcr.visits)
-        state: dict[str, Any] = dict(self.state.get(parameter, {}))  # a copy: a step that is stopped midway has not been taken
+        return parameter
+
+    def _next(self, table: torch.Tensor, gradient: torch.Tensor | None, earlier: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Return the table after the step, and the state that goes with it; what is given stays as it is."""
+        group, budget, state = self.param_groups[0], self._diffcr.budget, dict(earlier)
         for name in ("average", "seen"):
             if name in state:  # a state that was loaded is where the table is
                 state[name] = state[name].to("cpu", torch.float32, copy=True)
@@ -123,12 +143,8 @@ class RatioOptimizer(torch.optim.Optimizer):
         direction = (direction - (direction * known).sum() / (known.sum() * len(table)).clamp_min(1.0)) * known
         left = max(0.0, 1.0 - (state["step"] - 1) / group["total_steps"])
         share = min(1.0, state["step"] / max(1.0, group["ramp"] * group["total_steps"]))
-        saving = state["start"] + share * (target - state["start"])
-        moved = budget.project(table - group["lr"] * left * direction, saving).to(parameter.dtype)
-        assign_(parameter, moved)
-        self._diffcr.visits = visits
-        self.state[parameter].update(state)
-        return loss
+        saving = state["start"] + share * (self._diffcr.target_saving - state["start"])
+        return budget.project(table - group["lr"] * left * direction, saving), state
 
     def _gradient(self, parameter: torch.Tensor) -> torch.Tensor | None:
         own = parameter.grad

@@ -14,10 +14,10 @@ import torch
 from diffcr_surgery.config import DiffCRConfig
 from diffcr_surgery.errors import TimestepError
 
-__all__ = ["TimestepRegions", "at_timestep", "timestep_regions"]
+__all__ = ["TIMESTEP_NAMES", "TimestepRegions", "at_timestep", "timestep_regions"]
 
 _NOISE_LEVELS = ("sigma", "sigmas", "noise_level")  # they end at 1, 14.6, 80 or elsewhere: no example tells
-_NAMES = ("timestep", "timesteps", "t", "time", "time_step", "time_steps", *_NOISE_LEVELS)
+TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "time_step", "time_steps", *_NOISE_LEVELS)
 _HELD: ContextVar[Mapping[int, Any]] = ContextVar("diffcr_surgery_timesteps", default={})  # noqa: B039 - never mutated
 
 
@@ -150,7 +150,7 @@ def timestep_regions(config: DiffCRConfig, arguments: Mapping[str, Any]) -> Time
 def _argument(config: DiffCRConfig, arguments: Mapping[str, Any]) -> str | None:
     if config.timestep_argument != "auto":
         return config.timestep_argument
-    found = next((name for name in _NAMES if arguments.get(name) is not None), None)
+    found = next((name for name in TIMESTEP_NAMES if arguments.get(name) is not None), None)
     if found is None and config.timestep_range == "auto":
         raise TimestepError(
             f"timestep_regions={config.timestep_regions} needs a timestep, and none of the arguments {sorted(arguments)} is known as one. "

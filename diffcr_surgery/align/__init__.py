@@ -119,7 +119,12 @@ def align_block(
 def has_no_residual(sample: BlockSample, found: Alignment) -> bool | None:
     """Tell whether a block has no residual of its own: with its linear maps at zero, its stream comes out as zeros.
 
-    ``None`` if zero weights make no sense of it, as a weight norm does that divides by them.
+    Args:
+        sample: The block and arguments it was really called with; both stay as they are.
+        found: Its alignment, of which the output is read that continues the stream.
+
+    Returns:
+        Whether it has none; ``None`` if it makes no sense with zero weights, as a weight norm does not that divides by them.
     """
     twin = bare_copy(sample.module, flatten((sample.args, sample.kwargs))[1][0].device).eval()
     args, kwargs = map_leaves((sample.args, sample.kwargs), lambda _, leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
@@ -285,8 +290,9 @@ class _Trial:
         moved = {path: axes for path, axes in patterns.items() if parse_axes(axes).tokens}
         found = []
         for path in moved.keys() - {own}:
-            fewer = next(self._completed({other: axes for other, axes in moved.items() if other != path}, stream, pattern))
-            if self._error(fewer, stream, output, moving, pattern) <= self._tolerance():
+            rest = {other: axes for other, axes in moved.items() if other != path}
+            fewer = self._completed(rest, stream, pattern)
+            if any(self._error(each, stream, output, moving, pattern) <= self._tolerance() for each in fewer):
                 found.append(self.named[path])
         return sorted(found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from diffcr_surgery.runtime.state import DiffCRState
 from diffcr_surgery.testing.by_hand import Way, bracket
 from diffcr_surgery.trace.key import example_call
 
-__all__ = ["Pair", "call", "differentiate", "rounding", "sample_of", "sample_of_output"]
+__all__ = ["Pair", "call", "differentiate", "projections", "rounding", "sample_of", "sample_of_output"]
 
 # Equal up to rounding, in units of the largest entry: by hand, sums over kept tokens are taken in another order.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
@@ -32,7 +33,7 @@ class Pair:
 
     Attributes:
         original: Not converted, in eval.
-        converted: With routers that tell tokens apart.
+        converted: With routers that tell tokens apart, if it was converted here.
         arguments: Arguments of the call, by name.
     """
 
@@ -45,13 +46,16 @@ class Pair:
         """Copy a model twice, onto the CPU and in single precision at least: converted, if it is not yet, and not converted.
 
         Raises:
-            ValueError: If the model is specialised, or converted and given other settings.
+            ValueError: If the model is specialised, or converted and given other settings; if its forward takes unnamed arguments.
         """
         if hasattr(model, "diffcr") and (config is not None or state_of(model).specialized):
             raise ValueError("The laws take a plain model and settings, or a converted one with the settings it has, not yet specialised.")
         converted = copy.deepcopy(model).cpu()
         if any(p.dtype in (torch.float16, torch.bfloat16) for p in converted.parameters()):
             converted = converted.float()
+        unnamed = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL)]
+        if unnamed:
+            raise ValueError(f"{type(model).__name__}.forward takes {unnamed} by position alone; the laws call a model by names.")
         inputs = map_leaves(inputs, lambda _, leaf: _raised(leaf) if isinstance(leaf, Tensor) else leaf)
         _wake(converted, seed)
         original = copy.deepcopy(converted)
@@ -78,7 +82,8 @@ class Pair:
         value = arguments.get(settled.argument) if settled.argument else None
         if settled.count == 1 or value is None:
             return [0] * batch
-        times = value.detach().double().flatten().tolist() if isinstance(value, Tensor) else [float(value)]
+        rows = value.detach().double().reshape(len(value), -1)[:, 0] if isinstance(value, Tensor) and value.ndim > 1 else value
+        times = rows.double().flatten().tolist() if isinstance(rows, Tensor) else [float(rows)]  # those of a sample's tokens lie in one
         low, high = Fraction(settled.low), Fraction(settled.high)
         found = [min(settled.count - 1, math.floor((Fraction(t) - low) * settled.count / (high - low))) for t in times]
         return found * batch if len(found) == 1 else found
@@ -137,15 +142,18 @@ def _wake(model: nn.Module, seed: int) -> None:
 
 
 def _train_by_hand(converted: nn.Module, seed: int) -> None:
-    """Give routers an opinion, and every entry of the table a ratio of its own."""
+    """Give routers an opinion, and every entry of the table a ratio of its own: between two bins, or now and then on one or on a bound."""
     source, state = torch.Generator().manual_seed(seed + 1), state_of(converted)
     with torch.no_grad():
         for router in state.routers.values():
             weight: Any = router.weight
             weight.copy_(torch.randn(weight.shape, generator=source) * 2 / weight.numel() ** 0.5)
         if state.config.learn_ratios:
-            table = ratio_table(converted)
-            table.copy_(torch.rand(table.shape, generator=source) * state.config.max_ratio)
+            table, most = ratio_table(converted), state.config.max_ratio
+            between = torch.rand(table.shape, generator=source) * most
+            ends = torch.tensor([ratio for ratio in state.config.bins if ratio < most] + [most])
+            exact = ends[torch.randint(len(ends), table.shape, generator=source)]
+            table.copy_(torch.where(torch.rand(table.shape, generator=source) < 0.3, exact, between))
 
 
 def _batch_size(planned: SurgeryPlan, arguments: Mapping[str, Any]) -> int:
@@ -178,7 +186,7 @@ def call(model: nn.Module, inputs: Any) -> Any:
     own = map_leaves(inputs, lambda _, leaf: leaf)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return model(**own) if isinstance(own, dict) else model(*own)
+        return model(**own) if isinstance(own, dict) else model(own) if isinstance(own, Tensor) else model(*own)
 
 
 def differentiate(model: nn.Module, inputs: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -186,15 +194,18 @@ def differentiate(model: nn.Module, inputs: Any) -> tuple[Any, dict[str, Tensor]
     model.zero_grad()
     with torch.enable_grad():
         output = call(model, inputs)
-        source = torch.Generator().manual_seed(7)
-        parts = [t for t in flatten(output)[1] if t.requires_grad]
-        # One row of noise for all samples, so that a sample's loss alone is its share of the batch's.
-        losses = [(t * torch.randn(t.shape[1:] if t.ndim > 1 else (), generator=source).to(t.device, t.dtype)).sum() for t in parts]
+        losses = projections([t for t in flatten(output)[1] if t.requires_grad])
     if losses:
         torch.stack([loss.float() for loss in losses]).sum().backward()  # type: ignore[no-untyped-call]
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return map_leaves(output, lambda _, leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf), gradients
+
+
+def projections(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return the sum of each output times fixed noise: one row for all samples, so that a sample's is its share of the batch's."""
+    source = torch.Generator().manual_seed(7)
+    return [(t * torch.randn(t.shape[1:] if t.ndim > 1 else (), generator=source).to(t.device, t.dtype)).sum() for t in outputs]
 
 
 def sample_of_output(output: Any, index: int, batch: int) -> Any:

@@ -30,7 +30,8 @@ def check_pattern(pattern: BlockPattern, block: nn.Module, inputs: Mapping[str, 
 
     And: it runs on fewer tokens; every declared argument has to move; the library's own proof accepts the pattern, and rejects it with any
     argument left out. The block and its arguments are copied, onto the CPU, and shaken first, so that zero gates and masks of ones hide
-    nothing. Of the outputs, the number of axes is compared.
+    nothing. Of the outputs, the number of axes is compared. Declared arguments that the call leaves out, or gives as ``None``, are not
+    tested.
 
     Args:
         pattern: The declaration.
@@ -82,6 +83,7 @@ class _Trial:
         self.stream, words = next(iter(pattern.inputs.items()))
         if self.stream not in self.named:
             raise LawError(f"{_LAW}: {pattern.name!r} names the stream {self.stream!r}; the call's tensors are {sorted(self.named)}.")
+        self._check_declared(pattern)
         self.axes = parse_axes(words)
         shape = self.named[self.stream][1].shape
         if len(self.axes.words) != len(shape):
@@ -96,6 +98,16 @@ class _Trial:
         ranks = [t.ndim for t in self.plain[1]]
         if pattern.outputs and [len(parse_axes(words).words) for words in pattern.outputs] != ranks:
             raise LawError(f"{_LAW}: {pattern.name!r} writes its outputs {list(pattern.outputs)}; they have {ranks} axes.")
+
+    def _check_declared(self, pattern: BlockPattern) -> None:
+        """Refuse what is declared to move, is no tensor of this call, and belongs to an argument that was given."""
+        leaves = named_leaves(self.block, self.given[0], self.given[1], object)
+        empty = {name for name, (_, leaf) in leaves.items() if leaf is None}
+        given = {name.split(".")[0] for name in leaves.keys() - empty}
+        declared = [name for name, words in pattern.inputs.items() if parse_axes(words).tokens and name.split(".")[0] in given]
+        unknown = [name for name in declared if name not in self.named.keys() | empty]
+        if unknown:
+            raise LawError(f"{_LAW}: {pattern.name!r} declares {unknown}; the call's tensors are {sorted(self.named)}.")
 
     def _size(self, name: str, words: str) -> int:
         size: int = self.named[name][1].shape[words.split().index("n-m")]

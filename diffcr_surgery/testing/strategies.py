@@ -20,11 +20,12 @@ from diffcr_surgery.config import BRANCHES, DEFAULT_BINS, GATES, DiffCRConfig
 from diffcr_surgery.patterns import BlockPattern
 from diffcr_surgery.runtime.convert import ratio_table, state_of
 from diffcr_surgery.testing.denoisers import TIMESTEPS, Architecture, Block, Denoiser
+from diffcr_surgery.timesteps import TIMESTEP_NAMES
+from diffcr_surgery.trace.perturb import generator, perturb_floats
 
 __all__ = ["block_patterns", "blocks_with_pattern", "configs", "denoisers", "inputs_for", "ratio_tables"]
 
 SEEDS = st.integers(0, 2**16)
-TIMESTEP_NAMES = frozenset(("timestep", "timesteps", "t", "time", "sigma"))
 
 
 @st.composite
@@ -68,11 +69,21 @@ def inputs_for(model: nn.Module, like: Mapping[str, Any] | None = None) -> st.Se
     Args:
         model: One of :func:`denoisers`, or any other model if ``like`` is given.
         like: Arguments of a call of any model. Drawn are others of the same shapes: floating-point entries are scaled by factors in
-            [0.5, 1), so that they stay within the range the model knows; all else stays, whole-number timesteps too.
+            [0.5, 1); all else stays, whole-number timesteps too. Timesteps so stay within a range that begins at 0; where it begins
+            elsewhere, as that of a noise level may, put yours in with ``.map``.
 
     Returns:
         A strategy of dicts. For a drawn denoiser: ``latent`` (``b n c`` or ``n c``), ``timestep`` (``b``, often on a region's edge), and
         ``text`` (``b m c``), with b in 1...4, n in 2...6 and m in 1...4.
+
+    Raises:
+        TypeError: If the model is none of :func:`denoisers`, and ``like`` is not given.
+
+    Example:
+        >>> from hypothesis import find
+        >>> inputs = find(inputs_for(torch.nn.Identity(), like={"x": torch.ones(2, 3), "steps": 4}), lambda inputs: True)
+        >>> inputs["x"].shape, inputs["steps"]
+        (torch.Size([2, 3]), 4)
     """
     if like is not None:
         return SEEDS.map(lambda seed: _similar(like, seed))
@@ -82,12 +93,10 @@ def inputs_for(model: nn.Module, like: Mapping[str, Any] | None = None) -> st.Se
 
 
 def _similar(like: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    source = torch.Generator().manual_seed(seed)
+    source = generator(seed)
 
     def draw(_: str, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            return leaf
-        return (leaf.detach() * (0.5 + 0.5 * torch.rand(leaf.shape, generator=source).to(leaf.device))).to(leaf.dtype)
+        return perturb_floats(leaf, source) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
     return {name: map_leaves(value, draw) for name, value in like.items()}
 
@@ -120,17 +129,30 @@ def configs(draw: st.DrawFn, /, model: nn.Module | None = None, **fixed: Any) ->
         draw: Given by hypothesis.
         model: What they are for: a model without a timestep gets one region.
         fixed: Settings that are not drawn, as values or as strategies. The range of the timesteps is that of :func:`denoisers`; for another
-            model fix ``timestep_range``.
+            model fix ``timestep_range``, and ``timestep_argument`` where its name is no usual one.
+
+    Returns:
+        A strategy of settings that go together.
+
+    Example:
+        >>> from hypothesis import find
+        >>> find(configs(timestep_range=(0.0, 1.0), bins=(0.0, 0.5)), lambda config: config.timestep_regions == 2).reachable_bins
+        (0.0, 0.5)
     """
 
     def setting(name: str, drawn: st.SearchStrategy[Any]) -> Any:
         given = fixed.pop(name, drawn)
         return draw(given) if isinstance(given, st.SearchStrategy) else given
 
+    argument = setting("timestep_argument", st.just("auto"))
     if isinstance(model, Denoiser):
         timeless = model.form.condition == "none"
+    elif model is not None and argument == "auto":
+        timeless = inspect.signature(model.forward).parameters.keys().isdisjoint(TIMESTEP_NAMES)
     else:
-        timeless = model is not None and not TIMESTEP_NAMES & inspect.signature(model.forward).parameters.keys()
+        timeless = False
+    regions = setting("timestep_regions", st.just(1) if timeless else st.integers(1, 4))
+    weights = st.lists(st.integers(1, 9), min_size=regions, max_size=regions).map(tuple)
     learn = setting("learn_ratios", st.sampled_from([True, True, True, False]))
     bins = setting("bins", st.sampled_from([DEFAULT_BINS, (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.5)]))
     max_ratio = setting("max_ratio", st.sampled_from([share for share in (0.9, 0.5, 0.7) if share <= bins[-1]]))
@@ -138,8 +160,10 @@ def configs(draw: st.DrawFn, /, model: nn.Module | None = None, **fixed: Any) ->
         bins=bins,
         max_ratio=max_ratio,
         target_ratio=setting("target_ratio", st.integers(0, int(100 * max_ratio)).map(lambda hundredths: hundredths / 100)),
-        timestep_regions=setting("timestep_regions", st.just(1) if timeless else st.integers(1, 4)),
+        timestep_regions=regions,
+        timestep_argument=argument,
         timestep_range=setting("timestep_range", st.just(TIMESTEPS)),
+        region_weights=setting("region_weights", st.none() | weights if regions > 1 else st.none()),
         gate=setting("gate", st.sampled_from(GATES)),
         branches=setting("branches", st.sampled_from(BRANCHES)),
         share_routing=setting("share_routing", st.integers(1, 3)),
@@ -150,7 +174,24 @@ def configs(draw: st.DrawFn, /, model: nn.Module | None = None, **fixed: Any) ->
 
 
 def ratio_tables(model: nn.Module) -> st.SearchStrategy[Tensor]:
-    """Draw ratio tables ``l r`` for a converted model: executable ratios, and ratios between them, up to ``max_ratio``."""
+    """Draw ratio tables for a converted model: executable ratios, and ratios between them, up to ``max_ratio``.
+
+    Args:
+        model: A converted model.
+
+    Returns:
+        A strategy of tables ``l r``, one row a routed site, one column a timestep region.
+
+    Raises:
+        ConversionError: If the model is not converted.
+
+    Example:
+        >>> from hypothesis import find
+        >>> from diffcr_surgery import convert_
+        >>> model = convert_(Denoiser(Architecture(depth=3)), {"latent": torch.randn(2, 6, 4)})
+        >>> find(ratio_tables(model), lambda table: bool((table > 0.1).any())).shape
+        torch.Size([3, 1])
+    """
     table, config = ratio_table(model), state_of(model).config
     bins = [ratio for ratio in config.bins if ratio <= config.max_ratio]
     entries = st.sampled_from(bins) | st.integers(0, int(1000 * config.max_ratio)).map(lambda thousandths: thousandths / 1000)
@@ -184,7 +225,20 @@ def block_patterns() -> st.SearchStrategy[BlockPattern]:
 
 @st.composite
 def blocks_with_pattern(draw: st.DrawFn) -> tuple[BlockPattern, nn.Module, dict[str, Any]]:
-    """Draw a block, the pattern that is true of it, and the arguments of one call: what :func:`check_pattern` takes."""
+    """Draw what :func:`check_pattern` takes.
+
+    Args:
+        draw: Given by hypothesis.
+
+    Returns:
+        A strategy of triples: the pattern that is true of a block, the block, and the keyword arguments of one call.
+
+    Example:
+        >>> from hypothesis import find
+        >>> pattern, block, inputs = find(blocks_with_pattern(), lambda drawn: "rotary.0" in drawn[0].inputs)
+        >>> dict(pattern.inputs), sorted(inputs)
+        ({'x': 'b n c', 'rotary.0': 'n d', 'rotary.1': 'n d'}, ['rotary', 'x'])
+    """
     model = draw(denoisers())
     seen: dict[str, Any] = {}
 

@@ -63,7 +63,13 @@ def require_planned_size(law: str, pair: Pair) -> None:
 
 @dataclass
 class _Seen:
-    """What hooks saw of a converted model: row of each router -> the stream ``b n c`` it was given and its scores ``b n``."""
+    """What hooks saw of a converted model.
+
+    Attributes:
+        streams: Row of each router -> the stream it was given, ``b n c``.
+        scores: Row of each router -> its scores, ``b n``.
+        read: Row of each site -> the stream it left, as the module read it that reads that very stream, ``b n c``.
+    """
 
     streams: dict[int, Tensor] = field(default_factory=dict)
     scores: dict[int, Tensor] = field(default_factory=dict)
@@ -106,9 +112,7 @@ def _watched(pair: Pair, readers: Mapping[int, tuple[str, str]]) -> Iterator[_Se
             handle.remove()
 
 
-def compare_by_hand(
-    law: str, pair: Pair, hand: ByHand, arguments: dict[str, Any], ways: Sequence[Sequence[Way]], what: str = "the output"
-) -> bool:
+def compare_by_hand(law: str, pair: Pair, hand: ByHand, arguments: dict[str, Any], ways: Sequence[Sequence[Way]], what: str = "") -> bool:
     """Compare a call with the method done by hand.
 
     Args:
@@ -117,7 +121,7 @@ def compare_by_hand(
         hand: What does the method by hand on the original.
         arguments: Of the call; all its samples run at the same ratios.
         ways: The ways through each site.
-        what: What is compared, for the message.
+        what: Which sample is compared, for the message.
 
     Returns:
         Whether rounding could decide between two tokens in another call with these samples.
@@ -134,11 +138,11 @@ def compare_by_hand(
             hand.readers = run.readers
             with _watched(pair, hand.readers) as seen:
                 output = call(pair.converted, arguments)
-    sites = pair.plan.routed_sites
+    sites, what = pair.plan.routed_sites, f"{what}: " if what else ""
     for row in sorted(seen.streams):
-        where = f"{what}: the stream that enters {sites[row].path}"
+        where = f"{what}the stream that enters {sites[row].path}"
         same(law, where, seen.streams[row], run.entered[row], tolerance=rounding(seen.streams[row]), describe=_told(run, sites, row))
-        same(law, f"{what}: the scores at {sites[row].path}", seen.scores[row], run.scores[row], tolerance=rounding(seen.streams[row]))
+        same(law, f"{what}the scores at {sites[row].path}", seen.scores[row], run.scores[row], tolerance=rounding(seen.streams[row]))
     for row, site in enumerate(sites):
         after = seen.read.get(
             row, next((seen.streams[n] for n, before in run.continues.items() if before == row and n in seen.streams), None)
@@ -148,8 +152,8 @@ def compare_by_hand(
         moved = (after != seen.streams[row]).any(-1) & run.bypassed[row]
         if bool(moved.any()):
             sample, token = moved.nonzero()[0].tolist()
-            raise LawError(f"{law}: {what}: token {token} of sample {sample} bypassed {site.path}, and did not leave it as it entered.")
-    same(law, what, output, run.output, tolerance=rounding(output), describe=_told(run, sites, len(sites)))
+            raise LawError(f"{law}: {what}token {token} of sample {sample} bypassed {site.path}, and did not leave it as it entered.")
+    same(law, f"{what}the output", output, run.output, tolerance=rounding(output), describe=_told(run, sites, len(sites)))
     return run.margin < _CLOSE
 
 

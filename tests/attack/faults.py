@@ -1,6 +1,7 @@
 """An error planted inside: at a call, or between two lines of the package's code, wherever it is passed.
 
-What is not survived is an error inside code that cleans up after an error. It is passed over by name, see `CLEANING`.
+What is not survived is an error inside code that cleans up after an error. It is passed over by name, see `CLEANING`, `AT_THE_END`
+and `WAY_OUT`.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from diffcr_surgery.errors import SurgeryError
 
 PACKAGE = str(Path(dcs.__file__).parent)
 
-# What puts things back. It runs when an error has already come, or when all is done; nothing can follow an error in here.
-# `restore_` stopped inside `_take_back` has a test of its own.
-CLEANING = frozenset({"rewind", "set_rng_state", "_take_back"})
+# What puts things back; nothing can follow an error in here. `restore_` stopped inside `_take_back` has a test of its own.
+CLEANING = frozenset({"_take_back"})
+# Whose `finally` and `except` put things back. What they call there is called midway too, and has to stand an error then.
+AT_THE_END = frozenset({"undisturbed"})
+# Torch's own way out of `no_grad`: stopped before this call, it leaves gradients off, here as in any program.
+WAY_OUT = ("__exit__", "_set_grad_enabled")
 
 Place = tuple[Any, ...]
 
@@ -56,10 +60,12 @@ class Faults(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         caller: types.FrameType | None = sys._getframe(1)
+        name, through = getattr(func, "__name__", str(func)), set[tuple[str, str]]()
         while caller is not None and not _own(caller):
+            through.add((caller.f_code.co_name, name))
             caller = caller.f_back
-        if caller is not None:
-            self._note(("torch", getattr(func, "__name__", str(func)), *_where(caller)), caller)
+        if caller is not None and WAY_OUT not in through:
+            self._note(("torch", name, *_where(caller)), caller)
         return func(*args, **(kwargs or {}))
 
     def _trace(self, frame: types.FrameType, event: str, _: Any) -> Any:
@@ -100,9 +106,19 @@ def _where(frame: types.FrameType) -> Place:
     return Path(frame.f_code.co_filename).name, frame.f_code.co_name, frame.f_lineno
 
 
+@cache
+def _ends(filename: str) -> frozenset[int]:
+    """Return the lines of `finally` and `except` in the functions of `AT_THE_END`."""
+    nodes = ast.walk(ast.parse("".join(linecache.getlines(filename))))
+    inside = [node for function in nodes if getattr(function, "name", "") in AT_THE_END for node in ast.walk(function)]
+    ends = [part for node in inside if isinstance(node, ast.Try) for part in (*node.handlers, *node.finalbody)]
+    return frozenset(line for part in ends for line in range(part.lineno, (part.end_lineno or 0) + 1))
+
+
 def _cleans_up(frame: types.FrameType | None) -> bool:
     while frame is not None:
-        if frame.f_code.co_name in CLEANING and _own(frame):
+        name, code = frame.f_code.co_name, frame.f_code
+        if _own(frame) and (name in CLEANING or (name in AT_THE_END and frame.f_lineno in _ends(code.co_filename))):
             return True
         frame = frame.f_back
     return False

@@ -79,6 +79,7 @@ class Life(RuleBasedStateMachine):
         status: "plain", "converted" or "specialised".
         weights: What its own parameters and buffers must hold; `modes` and `frozen`: which modes and frozen tensors it must have.
         routing: What the state dict of `diffcr` must hold.
+        trained: The table that a specialised model had before; `budget`: for which it was specialised.
         hooks: Path of a module with a hook that counts -> number of the hook.
         saved: The routing that lies in `folder`.
     """
@@ -126,19 +127,27 @@ class Life(RuleBasedStateMachine):
         return twin
 
     def reference(self) -> nn.Module:
-        """The twin, where nothing is routed; else converted anew. A specialised model equals one in eval at its ratios."""
+        """The twin, where nothing is routed; else converted anew. A specialised model equals one in eval at its ratios.
+
+        Where these hold a 1, it equals one in eval at the table it was specialised from, or, if a budget chose them, one specialised anew.
+        """
         twin = self.twin()
         if self.dense:
             return twin
-        plan = self.model.diffcr.plan
-        if self.status == "specialised":  # it may run at the bin above the highest ratio, which a table may hold unless it is 1
-            highest = max(plan.config.max_ratio, min(float(self.table.max()), 0.99))
-            plan = replace(plan, config=replace(plan.config, max_ratio=highest))
+        plan, routing, full = self.model.diffcr.plan, self.routing, bool(self.table.max() == 1)
+        if full:  # a ratio that rounds to 1 is written in no table but a specialised one's
+            routing = routing | {"ratio_table": self.trained}
+        elif self.status == "specialised":  # it may run at the bin above the highest ratio, which a table may hold
+            plan = replace(plan, config=replace(plan.config, max_ratio=max(plan.config.max_ratio, float(self.table.max()))))
         state = dcs.convert_(twin, plan).diffcr
-        state.load_state_dict(self.routing, strict=self.status == "converted")  # specialised it has lost routers
+        state.load_state_dict(routing, strict=self.status == "converted")  # specialised it has lost routers
         for name, parameter in state.named_parameters():
             parameter.requires_grad_(dict(self.model.diffcr.named_parameters()).get(name, parameter).requires_grad)
         state.train(self.modes[""] and self.status == "converted")
+        if full and self.budget is not None:  # its ratios are not those the table rounds to
+            dcs.specialize_(twin, self.budget)
+            for name, module in twin.named_modules():
+                module.training = self.modes.get(name, False)
         return twin
 
     def check(self, found: Tensor, wanted: Tensor) -> None:
@@ -146,7 +155,7 @@ class Life(RuleBasedStateMachine):
         assert bool(found.isfinite().all()) and found.dtype == self.dtype
         if self.dense or self.status != "specialised":
             assert torch.equal(found, wanted)
-        elif self.table.max() < 1:  # see `reference`
+        else:
             torch.testing.assert_close(found, wanted)
 
     def inputs(self, spots: list[int], size: int = 0) -> dict[str, Any]:

@@ -116,7 +116,7 @@ class Machine(Life):
         with quietly():
             assert dcs.specialize_(self.root, budget=budget) is self.root
         self.status, before = "specialised", self.routing
-        self.routing = self.learned()
+        self.routing, self.trained, self.budget = self.learned(), before["ratio_table"], budget
         assert all(torch.equal(self.routing[name], before[name]) for name in self.routing if name != "ratio_table")
         assert set(self.table.flatten().tolist()) <= set(torch.tensor(self.config.bins).tolist())
         achieved = self.model.diffcr.achieved

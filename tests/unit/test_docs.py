@@ -9,10 +9,15 @@ from pathlib import Path
 import pytest
 
 import diffcr_surgery as dcs
+import diffcr_surgery.testing
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SUBMODULES = {"errors", "testing"}  # public by their own name, not by __all__
+SHOWN_ELSEWHERE = {  # in the README's test file; an architecture in the example of `Denoiser`
+    "check_conversion", "check_bypass", "check_mixed_timesteps", "check_gradients", "check_round_trip", "check_specialization",
+    "Architecture",
+}  # fmt: skip
 MODULES = ["diffcr_surgery", *(m.name for m in pkgutil.walk_packages(dcs.__path__, "diffcr_surgery."))]
 MODULES = [name for name in MODULES if not name.endswith(".__main__")]
 
@@ -29,15 +34,17 @@ def examples(module: str) -> list[doctest.DocTest]:
 
 def test_readme_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "readme"}
+    story, tests = {"__name__": "readme"}, []
     code = blocks("python")
     assert code
     for line, text in code:
+        # The parts of one story, in which a test file is a file of its own.
+        namespace = {"__name__": "test_readme"} if "\ndef test_" in text else story
         # Blank lines in front, so that a traceback shows the README's own line numbers.
         exec(compile("\n" * line + text, "README.md", "exec"), namespace)
-    tests = [value for name, value in namespace.items() if name.startswith("test_")]
+        tests += [value for name, value in namespace.items() if name.startswith("test_")]
     assert tests
-    for test in tests:  # of the example of a maintainer's test file
+    for test in tests:
         test()
 
 
@@ -53,8 +60,13 @@ def test_docstring_examples_run(module, tmp_path, monkeypatch):
 
 def test_public_names_have_examples():
     shown = {test.name.removeprefix(f"{module}.").split(".")[0] for module in MODULES for test in examples(module)}
-    public = {name for name in dcs.__all__ if not name.endswith("Error") and callable(getattr(dcs, name))}
-    assert public - shown == set(), "public names whose docstring has no example"
+    public = {name for part in (dcs, dcs.testing) for name in part.__all__ if not name.endswith("Error") and callable(getattr(part, name))}
+    assert public - shown == SHOWN_ELSEWHERE, "public names whose docstring has no example"
+
+
+def test_the_readme_shows_the_laws():
+    called = {name for _, text in blocks("python") for name in re.findall(r"\bdt\.(\w+)\(", text)}
+    assert called >= SHOWN_ELSEWHERE - {"Architecture"}
 
 
 def test_readme_names_exist():

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import find, settings
+from hypothesis import strategies as st
+from hypothesis.errors import NoSuchExample
 from torch import Tensor, nn
 
 import diffcr_surgery as dcs
@@ -33,6 +37,10 @@ def test_without_hypothesis_the_error_says_what_to_install() -> None:
         ({"x": torch.tensor([[1, 2]])}, {"x": torch.tensor([[1, 3]])}, r"law: it\.x\[0, 1\] is 2; expected 3\. Token 1\."),
         (torch.tensor([1.0, torch.nan]), torch.tensor([1.0, 2.0]), r"it\[1\] is nan; expected 2"),
         (torch.tensor([1.0, torch.inf]), torch.tensor([1.0, 2.0]), r"it\[1\] is inf; expected 2"),
+        (torch.tensor([2**53 + 1]), torch.tensor([2**53]), r"it\[0\] is 9007199254740993; expected 9007199254740992"),
+        (torch.tensor([1 + 1j]), torch.tensor([1 + 2j]), r"it\[0\] is \(1\+1j\); expected \(1\+2j\)"),
+        ((torch.ones(1), 5), (torch.ones(1), 7), r"beside its tensors it is .*, 5\); expected .*, 7\)"),
+        ((torch.ones(1), [5]), (torch.ones(1), (5,)), r"beside its tensors it is .*\[5\]\); expected .*\(5,\)\)"),
     ],
 )
 def test_differences_are_named(actual: Any, expected: Any, text: str) -> None:
@@ -45,6 +53,8 @@ def test_what_is_equal_passes() -> None:
     same("law", "it", torch.tensor([100.0]), torch.tensor([100.5]), tolerance=0.01)
     assert first_difference(torch.tensor([0.5, 100.0]), torch.tensor([0.0, 100.0]), 0.01) is None  # in units of the largest entry
     assert first_difference(torch.empty(0), torch.empty(0)) is None
+    assert first_difference(torch.zeros(1), torch.full((1,), 1e-8), 1e-4) is None  # where all is next to nothing
+    same("law", "it", (torch.ones(1), object()), (torch.ones(1), object()))  # a cache, say, that each model has of its own
 
 
 def test_snapshots_show_what_changed() -> None:
@@ -52,6 +62,11 @@ def test_snapshots_show_what_changed() -> None:
     before = snapshot(model)
     assert what_changed(before, snapshot(model)) == []
     model.blocks[0].out.bias.data[0] += 1
+    model.embed.weight.grad = torch.ones_like(model.embed.weight)
+    after = snapshot(model)
+    model.embed.weight.grad.add_(1)
+    assert what_changed(after, snapshot(model)) == ["tensor embed.weight"]
+    model.embed.weight.grad = None
     model.blocks[0].norm1.eps = 1.0
     model.head.register_forward_hook(lambda *_: None)
     torch.rand(1)
@@ -79,7 +94,7 @@ def pattern(block: nn.Module, **inputs: str) -> dcs.BlockPattern:
 class Sorting(nn.Module):
     """Takes tokens in any order; returns as many, whatever it is given."""
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x, x[:, :1].expand(-1, 6 - x.shape[1], -1)], 1) if x.shape[1] < 6 else x
 
 
@@ -103,11 +118,11 @@ class Growing(nn.Module):
 
 
 class Picky(nn.Module):
-    """Cannot bear a mask that hides everything, nor other masks than it was given."""
+    """Cannot bear a mask that hides anything."""
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        if not mask[:, 0].all():
-            raise ValueError("the first token is hidden")
+        if not mask.all():
+            raise ValueError("a token is hidden")
         return x * mask[..., None]
 
 
@@ -135,11 +150,21 @@ def test_an_output_that_changes_its_shape_is_named() -> None:
             dt.check_pattern(pattern(block, x="b n c"), block, {"x": x + torch.randn_like(x)})
 
 
+def test_a_declared_argument_that_is_not_in_what_is_given_is_refused() -> None:
+    block, angles = dt.Denoiser(dt.Architecture(rotary="shared")).blocks[0], torch.randn(5, 4)
+    call = {"x": torch.randn(2, 5, 4), "rotary": (angles.cos(), angles.sin())}
+    true = {"x": "b n c", "rotary__0": "n d", "rotary__1": "n d"}
+    for wrong in ("rotary.2", "rotary", "rotary.0.cos"):
+        text = f"declares ['{wrong}']; the call's tensors are ['rotary.0', 'rotary.1', 'x']"
+        with pytest.raises(dt.LawError, match=re.escape(text)):
+            dt.check_pattern(pattern(block, **true, **{wrong: "n d"}), block, call)
+    dt.check_pattern(pattern(block, **true, rotary="-", bias="b 1 1 n", skip="b n c"), block, call | {"skip": None})  # not tested
+
+
 def test_masks_a_block_cannot_bear_shaken_stay_as_they_are() -> None:
     block, mask = Picky(), torch.ones(2, 6, dtype=torch.bool)
     trial = pattern_law._Trial(pattern(block, x="b n c", mask="b n"), block, {"x": torch.randn(2, 6, 4), "mask": mask})
-    shaken = trial.given[1]["mask"]
-    assert bool(shaken[:, 0].all())
+    assert torch.equal(trial.given[1]["mask"], mask)
 
 
 def test_a_pattern_that_moves_too_much_is_told_so() -> None:
@@ -164,6 +189,17 @@ def test_a_table_longer_than_the_stream_is_found_to_be_missing() -> None:
         dt.check_pattern(pattern(block, x="b n c"), block, call)
 
 
+def test_the_proof_refuses_text_declared_to_move_in_a_layout_of_its_own() -> None:
+    """Two samples, two tokens, two words: left alone, the text has its batch axis in front, unlike the stream."""
+    block, angles = dt.Denoiser(dt.Architecture(block="cross", rotary="shared", layout="n b c")).blocks[0], torch.randn(2, 4)
+    call = {"x": torch.randn(2, 2, 4), "text": torch.randn(2, 2, 4), "rotary": (angles.cos(), angles.sin())}
+    mark, true = torch.ones(2, 2, dtype=torch.bool), {"x": "n b c", "rotary.0": "n d", "rotary.1": "n d"}
+    sample = pattern_law.BlockSample(block, (), call)
+    assert pattern_law.align_block(sample, {"x": mark}, true, search=False).routable
+    found = pattern_law.align_block(sample, {"x": mark}, true | {"text": "b n c"}, search=False)
+    assert not found.routable and "['text'] need not move" in found.reason
+
+
 def test_a_proof_that_disagrees_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     block, angles = dt.Denoiser(dt.Architecture(rotary="shared")).blocks[0], torch.randn(5, 4)
     call = {"x": torch.randn(2, 5, 4), "rotary": (angles.cos(), angles.sin())}
@@ -178,3 +214,33 @@ def test_a_proof_that_disagrees_is_reported(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(pattern_law, "align_block", lambda *given, **how: dataclasses.replace(align(*given, **how), routable=True))
     with pytest.raises(dt.LawError, match=r"proof accepts 'planted' without 'rotary\.\d', which has to move"):
         dt.check_pattern(true, block, call)
+
+
+class Noisy(nn.Module):
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        return x * noise
+
+
+class Timed(nn.Module):
+    def forward(self, x: Tensor, time_steps: Tensor) -> Tensor:
+        return x * time_steps
+
+
+def test_settings_have_regions_where_there_is_a_timestep() -> None:
+    def most(drawn: st.SearchStrategy[dcs.DiffCRConfig]) -> int:
+        regions = set()
+        with pytest.raises(NoSuchExample):
+            find(drawn, lambda config: regions.add(config.timestep_regions), settings=settings(database=None, max_examples=50))
+        return max(regions)
+
+    assert most(dt.configs(Timed())) == most(dt.configs(Noisy(), timestep_argument="noise")) == most(dt.configs()) == 4
+    assert most(dt.configs(Noisy())) == most(dt.configs(dt.Denoiser(dt.Architecture()))) == 1
+
+
+def test_settings_weight_their_regions_or_not() -> None:
+    for regions in (1, 3):
+        find(dt.configs(timestep_regions=regions), lambda config: config.region_weights is None)
+    weighted = find(dt.configs(timestep_regions=3), lambda config: config.region_weights is not None)
+    assert weighted.region_weights == (1, 1, 1)
+    with pytest.raises(NoSuchExample):
+        find(dt.configs(timestep_regions=1), lambda config: config.region_weights is not None, settings=settings(max_examples=50))

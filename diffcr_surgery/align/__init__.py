@@ -101,6 +101,8 @@ def align_block(
         return Alignment(False, "no argument carries the denoising stream (a text refiner or context encoder)")
     try:
         subject = Subject.prepare(sample.module, sample.args, sample.kwargs, unread)
+    except OUT_OF_MEMORY:  # a RuntimeError too
+        raise
     except RuntimeError as error:
         return Alignment(False, str(error))
     shapes = {leaves[path][1].shape for path in candidates}  # an output shaped like the stream may be its continuation, read or not

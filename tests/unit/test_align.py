@@ -243,6 +243,15 @@ def test_two_tokens_of_one_sample_change_places() -> None:
     assert all(_permutations(moving, torch.Generator().manual_seed(seed)).tolist() == [[1, 0]] for seed in range(8))
 
 
+def test_a_machine_without_memory_says_nothing_about_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr("diffcr_surgery.align.proof._shaken", full)
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        dcs.plan(Denoiser(Architecture(), 0), {"latent": torch.randn(2, 5, 4)})
+
+
 @pytest.mark.parametrize(
     ("form", "seed", "shapes"),
     [

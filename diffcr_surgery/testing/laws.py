@@ -199,21 +199,18 @@ def check_gradients(model: nn.Module, inputs: Any, config: DiffCRConfig | None =
     for row, site in enumerate(pair.plan.routed_sites):
         counts = {region: [kept_count(way.ratio, site.tokens) for way in ways[region][row]] for region in seen}
         reached = gradients.get("diffcr.ratio_table")
-        for region in [region for region in seen if len(set(counts[region])) > 1]:
+        for region in [region for region in seen if len(set(counts[region])) > 1 and table.requires_grad]:
             if reached is None or not float(reached[row, region]):
                 raise LawError(f"{law}: no gradient reaches the ratio of {site.path} in region {region}.")
+            if row == len(pair.plan.routed_sites) - 1:
+                _check_slope(law, pair, region)
         # A router is heard where its gate scales a token, and where a ratio on its way between two bins lets one go.
         heard = [r for r in seen if min(counts[r]) < site.tokens and (counts[r][0] < site.tokens or ways[r][row][-1].share > 1e-6)]
         router = gradients.get(f"diffcr.routers.{site.router}.weight")
         if heard and pair.state.routers[str(site.router)].weight.requires_grad and (router is None or not bool(router.any())):
             raise LawError(f"{law}: no gradient reaches the router of {site.path}, whose ratio in region {heard[0]} is not 0.")
-    if state.config.learn_ratios and table.requires_grad:
-        for region in [
-            region for region in seen if len({kept_count(way.ratio, pair.plan.routed_sites[-1].tokens) for way in ways[region][-1]}) > 1
-        ]:
-            _check_slope(law, pair, region)
-        if state.config.ratio_loss_weight:
-            _check_budget(law, state, pair.converted, table)
+    if table.requires_grad and state.config.ratio_loss_weight:
+        _check_budget(law, state, pair.converted, table)
 
 
 def _check_slope(law: str, pair: Pair, region: int) -> None:

@@ -194,7 +194,8 @@ def differentiate(model: nn.Module, inputs: Any) -> tuple[Any, dict[str, Tensor]
     model.zero_grad()
     with torch.enable_grad():
         output = call(model, inputs)
-        losses = projections([t for t in flatten(output)[1] if t.requires_grad])
+        outputs = [t for t in flatten(output)[1] if t.is_floating_point()]
+        losses = [loss for loss in projections(outputs) if loss.requires_grad]
     if losses:
         torch.stack([loss.float() for loss in losses]).sum().backward()  # type: ignore[no-untyped-call]
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

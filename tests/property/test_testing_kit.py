@@ -290,6 +290,23 @@ def test_sound_models_pass(model: nn.Module, inputs: dict[str, Tensor], settings
         law(model, inputs, dcs.DiffCRConfig(**settings_))
 
 
+def test_gradients_of_a_frozen_table_or_without_a_budget_are_no_fault() -> None:
+    dt.check_gradients(SITUATION, CALL, dcs.DiffCRConfig(timestep_regions=2, timestep_range=(0, 1000), ratio_loss_weight=0.0))
+    model = dcs.convert_(copy.deepcopy(SITUATION), CALL, CONFIG)
+    with torch.no_grad():
+        dcs.ratio_table(model).fill_(0.45)
+        for router in model.diffcr.routers.values():
+            router.weight.normal_(generator=torch.Generator().manual_seed(0))
+    dcs.ratio_table(model).requires_grad_(False)
+    dt.check_gradients(model, CALL)
+
+
+def test_laws_take_a_bare_tensor() -> None:
+    plain = dt.Denoiser(dt.Architecture())
+    dt.check_conversion(plain, CALL["latent"])
+    dt.check_bypass(plain, CALL["latent"])
+
+
 def test_laws_refuse_what_they_cannot_check() -> None:
     model = dcs.convert_(copy.deepcopy(SITUATION), CALL, CONFIG)
     with pytest.raises(ValueError, match="or a converted one with the settings it has"):
@@ -303,6 +320,8 @@ def test_laws_refuse_what_they_cannot_check() -> None:
         dt.check_bypass(dcs.specialize_(model), CALL)
     with pytest.raises(ValueError, match="is a latent"):
         dt.check_bypass(Counted(), {"words": torch.tensor([[1, 2, 3]])})
+    with pytest.raises(ValueError, match=r"Unnamed\.forward takes \['words'\] by position alone"):
+        dt.check_bypass(Unnamed(), (torch.tensor([[1, 2, 3]]),))
 
 
 class Counted(nn.Module):
@@ -313,6 +332,11 @@ class Counted(nn.Module):
 
     def forward(self, words: Tensor) -> Tensor:
         return self.blocks[0](self.embed(words))
+
+
+class Unnamed(Counted):
+    def forward(self, words: Tensor, /) -> Tensor:
+        return super().forward(words)
 
 
 def test_a_table_without_any_gradient_is_told_by_its_first_site(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ __all__ = [
 
 _SMALL = 0.01  # share of the largest gradient below which another may be rounding alone
 _LONGEST = 2000  # steps of gradient descent on the budget loss
-_STEP = 0.05  # of a ratio, to see the slope of the loss, in units of the bins' distance
+_STEPS = (0.05, 0.01, 0.002)  # of a ratio, to see the slope of the loss, in units of the bins' distance
 
 
 def check_conversion(model: nn.Module, inputs: Any, config: DiffCRConfig | None = None) -> None:
@@ -217,27 +217,30 @@ def _check_slope(law: str, pair: Pair, region: int) -> None:
     """Compare the gradient of the last site's ratio with how the loss changes as the ratio does."""
     table, site = ratio_table(pair.converted), pair.plan.routed_sites[-1]
     lower, upper = (way.ratio for way in pair.ways(region, True)[-1])
-    middle, step = (lower + upper) / 2, _STEP * (upper - lower)
-    if middle + 2 * step > pair.state.config.max_ratio:
+    middle = (lower + upper) / 2
+    if middle + _STEPS[0] * (upper - lower) > pair.state.config.max_ratio:
         return
-    before, outputs = table.detach().clone(), list[list[Tensor]]()
-    with torch.no_grad():
-        for number in (-2, -1, 1, 2):
-            table[-1, region] = middle + number * step
-            outputs.append([t.double() for t in flatten(call(pair.converted, pair.arguments))[1] if t.is_floating_point()])
-        table[-1, region] = middle
-    _, gradients = differentiate(pair.converted, pair.arguments)
+    before = table.detach().clone()
+
+    def outputs(ratio: float) -> list[Tensor]:
+        with torch.no_grad():
+            table[-1, region] = ratio
+            return [t.double() for t in flatten(call(pair.converted, pair.arguments))[1] if t.is_floating_point()]
+
+    size = sum(float(t.abs().sum()) for t in outputs(middle))
+    found = float(differentiate(pair.converted, pair.arguments)[1]["diffcr.ratio_table"][-1, region])
+    slopes = []
+    for step in [share * (upper - lower) for share in _STEPS]:  # shorter and shorter ones, until the loss hardly bends between
+        pairs = zip(outputs(middle - step), outputs(middle + step), strict=True)
+        slopes.append(sum(float(loss) for loss in projections([high - low for low, high in pairs])) / (2 * step))
+        # Each entry is rounded to single precision; its noise is of the size of 1.
+        if abs(found - slopes[-1]) <= 0.05 * max(abs(found), abs(slopes[-1])) + 1e-6 * size / step:
+            break
+    else:
+        path, said = site.path, ", ".join(f"{slope:.4g}" for slope in slopes)
+        raise LawError(f"{law}: the gradient of the ratio of {path} in region {region} is {found:.4g}; the loss has a slope of {said}.")
     with torch.no_grad():
         table.copy_(before)
-    lowest, low, high, highest = outputs
-    slope = sum(float(loss) for loss in projections([b - a for a, b in zip(low, high, strict=True)])) / (2 * step)
-    wider = sum(float(loss) for loss in projections([b - a for a, b in zip(lowest, highest, strict=True)])) / (4 * step)
-    found, size = float(gradients["diffcr.ratio_table"][-1, region]), sum(float(t.abs().sum()) for t in low)
-    # How much the loss bends shows in the wider slope; each entry, whose noise is of the size of 1, is rounded to single precision.
-    if abs(found - slope) > 0.05 * max(abs(found), abs(slope)) + abs(wider - slope) + 1e-6 * size / step:
-        raise LawError(
-            f"{law}: the gradient of the ratio of {site.path} in region {region} is {found:.4g}; the loss has a slope of {slope:.4g}."
-        )
 
 
 def _check_budget(law: str, state: DiffCRState, converted: nn.Module, table: Tensor) -> None:

@@ -126,7 +126,7 @@ def has_no_residual(sample: BlockSample, found: Alignment) -> bool | None:
         found: Its alignment, of which the output is read that continues the stream.
 
     Returns:
-        Whether it has none; ``None`` if it makes no sense with zero weights, as a weight norm does not that divides by them.
+        Whether it has none; ``None`` where zero weights make no sense: a weight norm, say, divides by them.
     """
     twin = bare_copy(sample.module, flatten((sample.args, sample.kwargs))[1][0].device).eval()
     args, kwargs = map_leaves((sample.args, sample.kwargs), lambda _, leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)

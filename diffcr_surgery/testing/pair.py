@@ -82,8 +82,8 @@ class Pair:
         value = arguments.get(settled.argument) if settled.argument else None
         if settled.count == 1 or value is None:
             return [0] * batch
-        rows = value.detach().double().reshape(len(value), -1)[:, 0] if isinstance(value, Tensor) and value.ndim > 1 else value
-        times = rows.double().flatten().tolist() if isinstance(rows, Tensor) else [float(rows)]  # those of a sample's tokens lie in one
+        value = torch.as_tensor(value).detach().double()
+        times = (value.flatten(1)[:, 0] if value.ndim > 1 else value.flatten()).tolist()  # those of a sample's tokens lie in one region
         low, high = Fraction(settled.low), Fraction(settled.high)
         found = [min(settled.count - 1, math.floor((Fraction(t) - low) * settled.count / (high - low))) for t in times]
         return found * batch if len(found) == 1 else found

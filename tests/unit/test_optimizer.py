@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import sys
-import types
 from typing import Any
 
 import pytest
@@ -243,56 +240,6 @@ def test_regions_seen_at_other_times_are_each_corrected_for_their_own_count(mode
     table = dcs.ratio_table(model).detach()
     assert torch.allclose(table[:, 0], table[:, 1], atol=CLOSE)
     assert float(table[0, 1] - table[2, 1]) == pytest.approx(2e-3 * 0.99 * 1.5**0.5, abs=1e-5)
-
-
-@pytest.mark.parametrize("earlier", [0, 1], ids=["first step", "second step"])
-def test_a_step_that_is_stopped_has_not_been_taken(model: nn.Module, earlier: int) -> None:
-    """Ctrl-C before any line leaves the table, the count of samples and the averages as they were; the next attempt takes the step."""
-    optimizer, gradient = dcs.RatioOptimizer(model, total_steps=9), torch.randn(LAYERS, REGIONS)
-    for _ in range(earlier):
-        give(model, -gradient)
-        optimizer.step()
-    model.diffcr.visits = torch.tensor([1.0, 2.0, 3.0, 4.0])
-
-    def ready() -> tuple[dcs.RatioOptimizer, nn.Module]:
-        twin = copy.deepcopy((optimizer, model))
-        give(twin[1], gradient)
-        return twin
-
-    def known(optimizer: dcs.RatioOptimizer, model: nn.Module) -> list[Any]:
-        own = optimizer.state_dict()["state"].items()
-        inside = {(key, name): torch.as_tensor(value).tolist() for key, values in own for name, value in values.items()}
-        return [dcs.ratio_table(model).tolist(), model.diffcr.visits.tolist(), inside]
-
-    def step(optimizer: dcs.RatioOptimizer, line: int | None = None) -> set[int]:
-        """Take a step, or stop it at a line; returns the lines of the module that were passed."""
-        passed = set()
-
-        def trace(frame: types.FrameType, event: str, _: Any) -> Any:
-            if frame.f_code.co_filename != inspect.getfile(dcs.RatioOptimizer):
-                return None
-            if event == "line":
-                passed.add(frame.f_lineno)
-                if frame.f_lineno == line:
-                    raise KeyboardInterrupt
-            return trace
-
-        tracer = sys.gettrace()
-        sys.settrace(trace)
-        try:
-            optimizer.step()
-        finally:
-            sys.settrace(tracer)
-        return passed
-
-    taken = ready()
-    for line in step(taken[0]):
-        twin = ready()
-        with pytest.raises(KeyboardInterrupt):
-            step(twin[0], line)
-        assert known(*twin) == known(optimizer, model)
-        step(twin[0])
-        assert known(*twin) == known(*taken) != known(optimizer, model)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])

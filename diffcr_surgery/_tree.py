@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
 
-__all__ = ["Identity", "Leaf", "Slot", "bind", "fill", "flatten", "freeze", "is_dataclass_value", "map_leaves"]
+__all__ = ["Identity", "Leaf", "Slot", "bind", "fill", "flatten", "freeze", "is_dataclass_value", "map_leaves", "plain", "plain_attributes"]
+
+_PLAIN = frozenset({bool, int, float, complex, str, type(None), torch.dtype, torch.device})
+MANY = 64  # entries; a container of more is data and no setting, and too long to compare at every call
+DEPTH = 4
 
 
 class Leaf:
@@ -54,18 +60,37 @@ def map_leaves(tree: Any, visit: Callable[[str, Any], Any], path: str = "", *, s
         return visit(path, tree)
     if isinstance(tree, tuple):
         items = [below(i, v) for i, v in enumerate(tree)]
+        if isinstance(tree, torch.Size) and all(isinstance(item, int) for item in items):  # it takes nothing else
+            return torch.Size(items)
         return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
     if isinstance(tree, list):
         return [below(i, v) for i, v in enumerate(tree)]
     if is_dataclass_value(tree):
-        names = [field.name for field in dataclasses.fields(tree) if field.init]
-        return type(tree)(**{name: below(name, getattr(tree, name)) for name in names})
+        return _with_attributes(tree, {name: below(name, value) for name, value in _attributes(tree).items()})
     if isinstance(tree, Mapping):
         items_of = {key: below(key, value) for key, value in tree.items()}
+        if isinstance(tree, defaultdict):
+            return type(tree)(tree.default_factory, items_of)
         return items_of if type(tree) is dict else type(tree)(items_of)  # type: ignore[call-arg]
     if isinstance(tree, slice):
         return slice(below("start", tree.start), below("stop", tree.stop), below("step", tree.step))
     return visit(path, tree)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """Return what a dataclass value holds: its fields, and what else was hung on it, unless it is a mapping, whose items are its fields."""
+    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if hasattr(value, field.name)}
+    return fields if isinstance(value, Mapping) else {**fields, **getattr(value, "__dict__", {})}
+
+
+def _with_attributes(value: Any, attributes: dict[str, Any]) -> Any:
+    """Return a dataclass value with other attributes; what it makes of its fields when it is new stands among them already."""
+    if isinstance(value, Mapping):
+        return type(value)(**attributes)
+    twin = copy.copy(value)
+    for name, attribute in attributes.items():
+        object.__setattr__(twin, name, attribute)
+    return twin
 
 
 def flatten(tree: Any) -> tuple[list[str], list[torch.Tensor], Any]:
@@ -99,20 +124,42 @@ def fill(template: Any, values: Any) -> Any:
 
 
 def freeze(template: Any) -> Any:
-    """Return a hashable twin of a template; opaque unhashable leaves count by identity."""
+    """Return a hashable twin of a template; opaque leaves count with their plain attributes, unhashable ones by identity."""
+    if type(template) in _PLAIN or isinstance(template, Leaf):
+        return (type(template), template)  # the type keeps 1, 1.0 and True apart
     if isinstance(template, (tuple, list)):
         return (type(template).__name__, *map(freeze, template))
     if is_dataclass_value(template):
-        return (type(template), *(freeze(getattr(template, f.name)) for f in dataclasses.fields(template) if f.init))
+        return (type(template), *((name, freeze(value)) for name, value in _attributes(template).items()))
     if isinstance(template, Mapping):
         return (type(template).__name__, *((key, freeze(value)) for key, value in template.items()))
     if isinstance(template, slice):
         return ("slice", freeze(template.start), freeze(template.stop), freeze(template.step))
+    attributes = () if isinstance(template, type) else plain_attributes(template)
     try:
         hash(template)
     except TypeError:
-        return Identity(template)
-    return (type(template), template)  # the type keeps 1, 1.0 and True apart
+        return (Identity(template), attributes)
+    return (type(template), template, attributes)
+
+
+def plain(value: Any, depth: int = DEPTH) -> Hashable:
+    """Return a plain value, or a small container of nothing else, as a key; ``None`` for any other, such as a cache of tensors."""
+    kind = type(value)
+    if kind in _PLAIN:
+        return (kind, value)
+    if not isinstance(value, (tuple, list, dict)) or len(value) > MANY or not depth:
+        return None
+    inner = tuple(plain(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value))
+    if None in inner:
+        return None
+    return (kind, tuple(value), inner) if isinstance(value, dict) else (kind, inner)
+
+
+def plain_attributes(value: Any) -> tuple[tuple[str, Hashable], ...]:
+    """Return name and key of each attribute of an object that is plain."""
+    found = ((name, plain(attribute)) for name, attribute in getattr(value, "__dict__", {}).items())
+    return tuple((name, key) for name, key in found if key is not None)
 
 
 def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:

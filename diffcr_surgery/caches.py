@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from diffcr_surgery.errors import ConversionError
 
@@ -161,8 +162,19 @@ def is_quantized(weight: torch.Tensor) -> bool:
     return type(weight).dequantize is not torch.Tensor.dequantize
 
 
+class _WithoutGraphs(TorchFunctionMode):
+    """Copies what a block keeps of a run, such as an attention map, without the graph that made it, which torch refuses to copy."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf:
+            return args[0].detach().clone()
+        return func(*args, **(kwargs or {}))
+
+
 def bare_copy(block: nn.Module, device: torch.device) -> nn.Module:
     """Return a deep copy of ``block`` without diffusers' hooks and quantisation, its weights ready for a run on ``device``.
+
+    What it keeps of earlier runs is copied without gradients.
 
     A hook replaces ``forward`` by one that runs the module it was put on, so a plain copy would run the original, whose weights are stored
     elsewhere (group offloading) or in eight bits (layerwise casting). And a step of rounding to integers is no small error in a proof.
@@ -174,7 +186,8 @@ def bare_copy(block: nn.Module, device: torch.device) -> nn.Module:
         memo[id(vars(module)[_REGISTRY])] = gone
         if vars(module)[_REGISTRY].hooks:  # an empty registry has replaced nothing
             memo[id(vars(module).get("forward"))] = gone
-    twin = copy.deepcopy(block, memo)
+    with _WithoutGraphs():
+        twin = copy.deepcopy(block, memo)
     for module in hooked:
         bare = twin.get_submodule(_place(module, block))
         for name in (_REGISTRY, "forward"):

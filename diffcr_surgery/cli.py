@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 __all__ = ["main"]
 
@@ -108,11 +109,13 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _make_folder(out: Path) -> str:
-    """Make the folder; return what is wrong if that cannot be done."""
+    """Make the folder and try to write into it; return what is wrong if that cannot be done."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out):
+            pass
     except OSError as error:
-        return f"cannot write to --out {out}: {error.strerror}. Name a folder, or a path that is free."
+        return f"cannot write to --out {out}: {error.strerror}. Name a folder that takes files, or a path that is free."
     return ""
 
 

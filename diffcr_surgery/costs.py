@@ -121,5 +121,6 @@ class _Meter(fx.Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         if str(target).startswith("diffcr.routers."):  # the model has none yet
-            return Router(args[0].shape[-1]).to(args[0].device)(*args)
+            with args[0].device:
+                return Router(args[0].shape[-1])(*args)
         return super().call_module(target, args, kwargs)

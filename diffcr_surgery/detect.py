@@ -20,10 +20,10 @@ from diffcr_surgery._tree import Slot, map_leaves
 from diffcr_surgery.tokens import Spans
 from diffcr_surgery.trace.recording import OUT_OF_MEMORY
 
-__all__ = ["Lineage", "bound_arguments", "latent_inputs", "named_leaves", "residual_after", "spans"]
+__all__ = ["MOVES", "Lineage", "bound_arguments", "function_of", "latent_inputs", "named_leaves", "residual_after", "spans"]
 
 # These move entries without looking at them, so they work on marks as they do on the tensors.
-_MOVES = frozenset(
+MOVES = frozenset(
     """
     cat concat concatenate stack getitem reshape view flatten unflatten permute transpose swapaxes swapdims movedim t chunk split
     split_with_sizes tensor_split unbind narrow select pad expand expand_as repeat repeat_interleave tile squeeze unsqueeze flip roll
@@ -152,7 +152,7 @@ class Lineage:
         owner: Any = node.args[0] if node.args else None
         if node.target in (operator.getitem, getattr) and isinstance(self._marks.get(owner), _Spread):
             return _joined(node, self._marks[owner].sources)
-        if _name(node) in _MOVES:
+        if function_of(node) in MOVES:
             try:
                 return self._moved(node)
             except OUT_OF_MEMORY:
@@ -201,25 +201,40 @@ def residual_after(output: fx.Node, stream: fx.Node, blocks: Container[fx.Node],
     Returns:
         ``None`` if the two meet in a way that an update of zero might not leave the stream as it was.
     """
-    sources: set[fx.Node] = set()
-    waiting = [stream]
-    while waiting:  # back to what the stream was made from, as far as no block lies between
-        node = waiting.pop()
-        if node not in sources and lineage.carries(node):
-            sources.add(node)
-            waiting += [] if node in blocks else node.all_input_nodes
+    ancestors = _ancestors(stream, blocks, lineage, mixed=True)  # what may be the stream, or a part of it only
+    sources = _ancestors(stream, blocks, lineage, mixed=False)
     here = output
     while len(here.users) == 1:
         (user,) = here.users
-        if _name(user) in ("add", "iadd") and any(_holds(other, sources) for other in user.all_input_nodes if other is not here):
+        if function_of(user) in ("add", "iadd") and any(_holds(other, sources) for other in user.all_input_nodes if other is not here):
             return True
-        if _name(user) == "addcmul" and user.args[0] is not here and _holds(user.all_input_nodes[0], sources):
+        if function_of(user) == "addcmul" and user.args[0] is not here and _holds(user.all_input_nodes[0], sources):
             return True
-        sums_or_scales = _name(user) in ("add", "iadd", "radd", "mul")  # with other updates, perhaps, on the way to the stream
-        if not (sums_or_scales or (_name(user) in _KEEPS_ZERO and user.args[0] is here)):
+        sums_or_scales = function_of(user) in ("add", "iadd", "radd", "mul")  # with other updates, perhaps, on the way to the stream
+        if not (sums_or_scales or (function_of(user) in _KEEPS_ZERO and user.args[0] is here)):
             break
         here = user
-    return None if _meets(output, sources, blocks) else False
+    return None if _meets(output, ancestors, blocks) else False
+
+
+def _ancestors(stream: fx.Node, blocks: Container[fx.Node], lineage: Lineage, *, mixed: bool) -> set[fx.Node]:
+    """Return what a stream was made from, as far as no block lies between; what two streams were mixed to only if so asked.
+
+    A token of a sum is neither of its terms: `x0 + block(norm(x0 + y))` does not give back what the block was given.
+    """
+    found: set[fx.Node] = set()
+    waiting = [stream]
+    while waiting:
+        node = waiting.pop()
+        if node in found or not lineage.carries(node):
+            continue
+        found.add(node)
+        sources = [] if node in blocks else list(filter(lineage.carries, node.all_input_nodes))
+        if not mixed and len(sources) > 1 and function_of(node) not in ("cat", "concat", "concatenate"):
+            sources = [source for source in sources if source.meta.get("shape") == node.meta.get("shape")]  # the rest modulates
+            sources = sources if len(sources) == 1 else []
+        waiting += sources
+    return found
 
 
 def _meets(output: fx.Node, sources: set[fx.Node], blocks: Container[fx.Node]) -> bool:
@@ -238,7 +253,7 @@ def _meets(output: fx.Node, sources: set[fx.Node], blocks: Container[fx.Node]) -
 
 def _holds(node: fx.Node, sources: set[fx.Node]) -> bool:
     """Tell whether a node is the stream, or a sum with it: parallel branches are added one after the other."""
-    return node in sources or (_name(node) in ("add", "iadd") and any(_holds(other, sources) for other in node.all_input_nodes))
+    return node in sources or (function_of(node) in ("add", "iadd") and any(_holds(other, sources) for other in node.all_input_nodes))
 
 
 _KEEPS_ZERO = frozenset(
@@ -249,7 +264,8 @@ _KEEPS_ZERO = frozenset(
 )
 
 
-def _name(node: fx.Node) -> str:
+def function_of(node: fx.Node) -> str:
+    """Return the short name of the function or method that a node calls."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return name.strip("_")
 

@@ -93,6 +93,8 @@ class RatioOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         parameter = self._parameter()
+        if parameter not in self.state and several_processes():  # each may have measured latencies of its own
+            self._diffcr.site_costs.copy_(mean_over_processes(self._diffcr.site_costs))
         table, visits, earlier = whole(parameter).double().cpu(), self._diffcr.visits, self.state.get(parameter)
         gradient = self._gradient(parameter)
         moved, state = self._next(table, gradient, {} if earlier is None else earlier)
@@ -132,8 +134,8 @@ class RatioOptimizer(torch.optim.Optimizer):
         if not state:
             state["step"] = 0
             state["start"] = float(budget.saving(table))
-            state["average"] = torch.zeros(table.shape)
-            state["seen"] = torch.zeros(table.shape[1])
+            state["average"] = torch.zeros(table.shape, dtype=torch.float32, device="cpu")
+            state["seen"] = torch.zeros(table.shape[1], dtype=torch.float32, device="cpu")
             state["noise"] = 0.0
             state["updates"] = 0
         state["step"] += 1

@@ -63,8 +63,14 @@ class BlockPattern:
         for axes in (*self.inputs.values(), *self.outputs):
             parse_axes(axes)
         stream = next(iter(self.inputs.values()))
+        axes_of_stream = parse_axes(stream)
         if stream.split().count("n") != 1:
             raise PatternError(f"Pattern {name}: the first input is the routed stream and names 'n' once; got {stream!r}.")
+        if len(axes_of_stream.words) > 2 and axes_of_stream.batch is None:
+            raise PatternError(
+                f"Pattern {name}: the first input is the routed stream, and one of more than two axes names its batch 'b', as in 'b n c'; "
+                f"got {stream!r}."
+            )
 
     def __reduce__(self) -> tuple[type[BlockPattern], tuple[object, ...]]:
         return BlockPattern, (self.name, self.target, dict(self.inputs), self.outputs)
@@ -72,6 +78,8 @@ class BlockPattern:
 
 _REGISTRY: dict[str, BlockPattern] = {}
 _LOCK = threading.RLock()
+_LOADING = threading.RLock()  # another one: a plug-in that a second thread happens to import must be able to register
+_plugins_loading = False
 _plugins_loaded = False
 
 
@@ -106,18 +114,26 @@ def register_pattern(pattern: BlockPattern) -> BlockPattern:
 
 
 def _load_plugins() -> None:
-    global _plugins_loaded
+    global _plugins_loading, _plugins_loaded
     if _plugins_loaded or os.environ.get(OFF_SWITCH):
         return
-    _plugins_loaded = True
+    with _LOADING:
+        if _plugins_loaded or _plugins_loading:  # by a plug-in that asks for patterns while it is loaded
+            return
+        _plugins_loading = True
+        try:
+            _load_entry_points()
+            _plugins_loaded = True
+        finally:
+            _plugins_loading = False
+
+
+def _load_entry_points() -> None:
     entry = None
     try:
         for entry in entry_points(group=ENTRY_POINTS):
             register_pattern(entry.load())
-    except BaseException as error:
-        _plugins_loaded = False
-        if not isinstance(error, Exception | SystemExit):  # who presses Ctrl-C wants to stop
-            raise
+    except (Exception, SystemExit) as error:
         where = f"The entry point {entry.name!r} = {entry.value!r}" if entry else "An entry point"
         raise PatternError(
             f"{where} of group {ENTRY_POINTS} could not be loaded: {type(error).__name__}: {error}. It must name a BlockPattern. Set "

@@ -26,7 +26,7 @@ from diffcr_surgery.tokens import staying_count
 from diffcr_surgery.trace import Trace
 from diffcr_surgery.trace.recording import Recording
 
-__all__ = ["BlockSite", "SurgeryPlan", "plan", "plan_blocks", "routed_call"]
+__all__ = ["BlockSite", "SurgeryPlan", "modules_of", "plan", "plan_blocks", "routed_call"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ class SurgeryPlan:
         folded: Whether a routed block sees other samples than the call has, such as the frames of a video, or a packed sequence.
         site_costs: Share of the dense cost that each routed site takes at each reachable bin (of the model's cost; of the blocks', if
             tokens are what counts).
+        modules: Every module of a class that is routed, called or not: its path and the shapes of its weights.
         graph: The routed ``torch.fx`` graph at the ratio that reaches the target if all sites have it (not kept by pickle and deepcopy).
 
     Example:
@@ -111,6 +112,7 @@ class SurgeryPlan:
     regions: TimestepRegions
     folded: bool
     site_costs: tuple[tuple[float, ...], ...]
+    modules: tuple[tuple[str, frozenset[tuple[int, ...]]], ...]
     graph: fx.Graph | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -118,11 +120,14 @@ class SurgeryPlan:
         """The sites that get a router; their order is that of the ratio table's rows."""
         return tuple(site for site in self.sites if site.routed)
 
+    def _values(self) -> tuple[Any, ...]:
+        return (self.model_class, self.config, self.sites, self.regions, self.folded, self.site_costs, self.modules)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return SurgeryPlan, (self.model_class, self.config, self.sites, self.regions, self.folded, self.site_costs)
+        return SurgeryPlan, self._values()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SurgeryPlan:
-        return SurgeryPlan(self.model_class, self.config, self.sites, self.regions, self.folded, self.site_costs)
+        return SurgeryPlan(*self._values())
 
     def __str__(self) -> str:
         config, routed = self.config, self.routed_sites
@@ -196,7 +201,14 @@ def plan_blocks(model: torch.nn.Module, example_inputs: Any, config: DiffCRConfi
     costs = site_costs(model, recorded.recording, recorded.call, table, config)
     decisions = dict.fromkeys(range(len(table)), Decision(_uniform_ratio(config, costs)))
     graph = RouteTokens(table, decisions, recorded.recording.blocks)(recorded.recording.graph).graph
-    return SurgeryPlan(_qualified(model), config, sites, regions, folded, costs, graph)
+    modules = modules_of(model, {site.block_class for site in sites if site.routed})
+    return SurgeryPlan(_qualified(model), config, sites, regions, folded, costs, modules, graph)
+
+
+def modules_of(model: torch.nn.Module, classes: Collection[str]) -> tuple[tuple[str, frozenset[tuple[int, ...]]], ...]:
+    """Return path and shapes of the weights of every module whose class has one of these names."""
+    own = ((path, module) for path, module in model.named_modules() if type(module).__name__ in classes)
+    return tuple((path, frozenset(tuple(p.shape) for p in module.parameters())) for path, module in own)
 
 
 def _uniform_ratio(config: DiffCRConfig, costs: tuple[tuple[float, ...], ...]) -> float:
@@ -207,7 +219,7 @@ def _uniform_ratio(config: DiffCRConfig, costs: tuple[tuple[float, ...], ...]) -
     """
     if not config.learn_ratios:
         return config.initial_ratio
-    budget = Budget.of(config, torch.tensor(costs))
+    budget = Budget.of(config, torch.tensor(costs, dtype=torch.float64, device="cpu"))
     wanted, most = budget.target(config), budget.uniform(config.max_ratio)
     if config.target_share is None:
         if config.target_ratio > 0 and wanted < 1e-3 * config.target_ratio:
@@ -223,7 +235,7 @@ def _uniform_ratio(config: DiffCRConfig, costs: tuple[tuple[float, ...], ...]) -
             f"max_ratio={config.max_ratio:g} at all {len(costs)} routed blocks, {lowest:.3f} is left. Choose a share of at least that or "
             "a higher max_ratio."
         )
-    return float(budget.project(torch.zeros(len(costs), config.timestep_regions), wanted).max())
+    return float(budget.project(torch.zeros(len(costs), config.timestep_regions, device="cpu"), wanted).max())
 
 
 def _qualified(model: torch.nn.Module) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,11 @@ def bracket(ratio: float, bins: Sequence[float]) -> Bracket:
     return Bracket(bins[index], bins[index + 1])
 
 
+def _exact(values: Sequence[Any]) -> Tensor:
+    """Return numbers as a tensor in double precision on the CPU, whatever torch's defaults are set to."""
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
 @dataclass(frozen=True)
 class Budget:
     """What a ratio table saves, as a share of what its blocks cost dense.
@@ -62,12 +67,12 @@ class Budget:
     @classmethod
     def of_tokens(cls, sites: int, bins: Sequence[float], region_weights: Tensor, max_ratio: float) -> Budget:
         """Return the budget in which every token of every block costs the same."""
-        return cls(tuple(bins), (1.0 - torch.tensor(bins, dtype=torch.float64)).expand(sites, -1), region_weights, max_ratio)
+        return cls(tuple(bins), (1.0 - _exact(bins)).expand(sites, -1), region_weights, max_ratio)
 
     @classmethod
     def of(cls, config: DiffCRConfig, costs: Tensor) -> Budget:
         """Return the budget of a configuration, for the measured or counted costs of its sites."""
-        weights = torch.tensor(config.region_weights or (1.0,) * config.timestep_regions, dtype=torch.float64)
+        weights = _exact(config.region_weights or (1.0,) * config.timestep_regions)
         return cls(config.reachable_bins, costs.double().cpu(), weights / weights.sum(), config.max_ratio)
 
     def target(self, config: DiffCRConfig) -> float:
@@ -78,7 +83,7 @@ class Budget:
 
     def uniform(self, ratio: float) -> float:
         """Return the saving of one ratio everywhere."""
-        return float(self.saving(torch.full((len(self.costs), len(self.region_weights)), ratio, dtype=torch.float64)))
+        return float(self.saving(_exact([[ratio] * len(self.region_weights)] * len(self.costs))))
 
     def saving(self, table: Tensor) -> Tensor:
         """Return the share of the blocks' dense cost that ratios ``l r`` save, a scalar with gradient."""
@@ -126,9 +131,9 @@ class Budget:
                     [0.5000]]), tensor([[0.5000],
                     [0.5000]]))
         """
-        values, bins = table.detach().double().cpu(), torch.tensor(self.bins, dtype=torch.float64)
+        values, bins = table.detach().double().cpu(), _exact(self.bins)
         turns = (bins[1:] + bins[:-1]) / 2 - values[..., None]  # l r m: how far each entry has to be shifted to leave a bin
-        entries = torch.arange(values.numel()).repeat_interleave(len(bins) - 1)
+        entries = torch.arange(values.numel(), device="cpu").repeat_interleave(len(bins) - 1)
         order = turns.flatten().argsort(stable=True)
         steps = self.costs.double().cpu().diff(dim=1).neg() / float(self.costs[:, 0].sum())
         gains = (steps[:, None, :] * self.region_weights.double()[:, None]).flatten()[order]
@@ -148,7 +153,7 @@ class Budget:
         """
         values = table.detach().double().cpu()
         pairs = [bracket(value, self.bins) for value in values.flatten().tolist()]
-        lower, upper = torch.tensor(pairs, dtype=torch.float64).reshape(*values.shape, 2).unbind(-1)
+        lower, upper = _exact(pairs).reshape(*values.shape, 2).unbind(-1)
         rounded = torch.where(values - lower < upper - values, lower, upper)
         weights = self.region_weights.to(values)
         saved_lower, saved_upper = self._savings(lower) * weights, self._savings(upper) * weights

@@ -33,9 +33,10 @@ _WRITES = frozenset(f"__i{name}__" for name in "add sub mul truediv div floordiv
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off for a while."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    """Switch dropout off for a while; a converted model goes on choosing its ratios as it did."""
+    training = [module for name, module in model.named_modules() if module.training and name.split(".")[0] != "diffcr"]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
@@ -83,8 +84,16 @@ def find_splitting(model: nn.Module, forward: Callable[..., Any], call: Call, ba
     shared = frozenset(path for path, value in inputs.items() if len(value) != batch)
     if batch == 1:
         return Splitting(shared)
+    found = _searched(model, forward, call, batch, shared)
+    if not found.refusal or not any(module.training for module in model.modules()):
+        return found
+    with _evaluating(model):  # which other threads see, so it is left for models that have dropout
+        return _searched(model, forward, call, batch, shared)
+
+
+def _searched(model: nn.Module, forward: Callable[..., Any], call: Call, batch: int, shared: frozenset[str]) -> Splitting:
     awake = _Awake(model)
-    with _evaluating(model), undisturbed(model, model_device(model, call.tensors)) as rewind:
+    with undisturbed(model, model_device(model, call.tensors)) as rewind:
 
         def run(call: Call, tensors: list[Tensor]) -> Any:
             rewind()
@@ -98,7 +107,7 @@ def find_splitting(model: nn.Module, forward: Callable[..., Any], call: Call, ba
         tried = _tried(run, call, whole, batch, shared, limit)
         if not tried.refusal:
             return tried
-        alike = {path: value for path, value in inputs.items() if len(value) == batch}
+        alike = {path: value for path, value in places(call.arguments).items() if len(value) == batch}
         touching = shared | {path for path, value in alike.items() if _touches_first_sample(run, call, whole, value, batch)}
         plain = touching | {path for path, value in alike.items() if not flatten(value)[1]}  # numbers cannot be shaken
         for guess in dict.fromkeys((touching, plain)):
@@ -163,5 +172,5 @@ def _other(tensor: Tensor) -> Tensor:
     if tensor.dtype == torch.bool:
         return ~tensor
     if tensor.is_floating_point() or tensor.is_complex():
-        return tensor + torch.randn(tensor.shape, dtype=tensor.dtype, generator=generator(0)).to(tensor.device)
+        return tensor + torch.randn(tensor.shape, dtype=tensor.dtype, generator=generator(0), device="cpu").to(tensor.device)
     return tensor - (tensor > 0).to(tensor.dtype)

@@ -8,18 +8,21 @@ import operator
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, fx
+import torch
+from torch import Tensor, fx, nn
 
 from diffcr_surgery._shards import is_sharded
-from diffcr_surgery._tree import Leaf, map_leaves
-from diffcr_surgery.align import Alignment, align_block, has_no_residual
+from diffcr_surgery._tree import Leaf, flatten, map_leaves
+from diffcr_surgery.align import Alignment, align_block
+from diffcr_surgery.align.layout import Layouts
 from diffcr_surgery.align.planned import align_as_planned
+from diffcr_surgery.align.residual import has_no_residual
 from diffcr_surgery.axes import parse_axes
 from diffcr_surgery.detect import Lineage, latent_inputs, named_leaves, residual_after, spans
 from diffcr_surgery.errors import PatternError, SurgeryError
 from diffcr_surgery.patterns import BlockPattern, pattern_of
 from diffcr_surgery.tokens import Spans
-from diffcr_surgery.trace.recording import BlockCall, Recording
+from diffcr_surgery.trace.recording import BlockCall, Flow, Recording, undisturbed
 
 __all__ = ["Hint", "SiteCall", "site_calls"]
 
@@ -50,6 +53,8 @@ class SiteCall:
 def site_calls(recording: Recording, hints: Mapping[tuple[str, int], Hint] | None = None) -> list[SiteCall]:
     """Align every block call of a recording, one proof per distinct kind; the recording's samples are dropped afterwards.
 
+    Random state is as before afterwards: a block may draw from it in every trial.
+
     Args:
         recording: A fresh recording.
         hints: (path, occurrence) -> what was proven before: tried first, and taken over where the block is sharded, since no process has
@@ -58,10 +63,17 @@ def site_calls(recording: Recording, hints: Mapping[tuple[str, int], Hint] | Non
     Raises:
         PatternError: If a registered pattern is contradicted by the proof.
     """
-    flow = recording.flow
-    if flow is None:
+    if recording.flow is None:
         raise SurgeryError("This recording was aligned before; record the model anew.")
+    tensors = (t for sample in recording.samples.values() for t in flatten((sample.args, sample.kwargs))[1])
+    device = next((t.device for t in tensors), torch.device("cpu"))
+    with undisturbed(nn.ModuleList(sample.module for sample in recording.samples.values()), device):
+        return _site_calls(recording, recording.flow, hints or {})
+
+
+def _site_calls(recording: Recording, flow: Flow, hints: Mapping[tuple[str, int], Hint]) -> list[SiteCall]:
     lineage = Lineage(latent_inputs(flow.graph))
+    layouts = Layouts(recording, flow)
     proven: dict[tuple[Hashable, ...], Alignment] = {}
     lone: dict[tuple[Hashable, ...], bool | None] = {}
     sharded = {id(block.module): is_sharded(block.module) for block in recording.blocks.values()}
@@ -76,7 +88,7 @@ def site_calls(recording: Recording, hints: Mapping[tuple[str, int], Hint] | Non
         seen[block.path] = occurrence + 1
         streams = lineage.streams(block.module, node)
         unread = _unread(node)
-        hint = (hints or {}).get((block.path, occurrence))
+        hint = hints.get((block.path, occurrence))
         planned = hint[0] if hint and hint[0].routable else None
         if planned is not None and planned.stream in streams:
             streams = {planned.stream: streams[planned.stream]}
@@ -86,8 +98,16 @@ def site_calls(recording: Recording, hints: Mapping[tuple[str, int], Hint] | Non
             known, residual_outside = hint or (_SHARDED, False)
             proven[key] = align_as_planned(recording.samples[block.kind], streams, known)
             lone[key] = residual_outside if known.routable else None
+        declared = hint[0].aligned if hint and hint[0].stream else None
         if key not in proven:
-            proven[key] = _align(recording, block, streams, hint[0].aligned if hint and hint[0].stream else None, unread)
+            proven[key] = _align(recording, block, streams, declared, unread)
+        if proven[key].undecided:
+            sources = named_leaves(block.module, node.args, node.kwargs, fx.Node)
+            told = {path: layouts.batch_axis(sources[path][1], mark) for path, mark in streams.items()}
+            axes = {path: axis for path, axis in told.items() if axis is not None}
+            key = (*key, tuple(axes.items()))
+            if key not in proven:
+                proven[key] = _align(recording, block, streams, declared, unread, axes)
         found = proven[key]
         if not found.routable:
             if planned is not None and planned.stream in streams and found.tokens == 1:  # which stays, and is followed on as planned
@@ -107,9 +127,12 @@ def site_calls(recording: Recording, hints: Mapping[tuple[str, int], Hint] | Non
             outside = None if undecided else bool(lone[key])
         staying = spans(streams[found.stream], parse_axes(found.axes[found.stream]).batch)
         spoiled = found.overwrites and any(user > node for user in stream.users)
+        if block.path.endswith("._orig_mod"):
+            found = dataclasses.replace(found, reason=f"{found.reason}{_COMPILED}")
         if outside is None or spoiled:
             found = dataclasses.replace(found, routable=False, reason=_SPOILED if spoiled else _NO_RESIDUAL)
         lineage.settle(node, stream, found.output)
+        layouts.streams[node] = stream
         calls.append(SiteCall(flow.calls[node], block.path, occurrence, found, staying, bool(outside)))
     names = [node.name for node in flow.graph.nodes if node.op == "placeholder"]
     recording.pinned = {names.index(node.name): node.meta["content"].clone() for node in lineage.pinned}
@@ -122,6 +145,7 @@ _NO_RESIDUAL = (
     "no residual of its own could be told, and its output is not simply added to the stream it came from (`x + gate * block(norm(x))`), so "
     "a token that bypasses it has nothing to go on as; add the residual inside the block, or plainly after it"
 )
+_COMPILED = "; its own torch.compile is passed by: compile the converted model instead"
 _SPOILED = "it overwrites the stream it is given, which is read again after it; let the block, or what reads the stream, work on a clone"
 
 
@@ -143,12 +167,17 @@ def _continuation(node: fx.Node, output: str) -> fx.Node | None:
 
 
 def _align(
-    recording: Recording, block: BlockCall, streams: dict[str, Tensor], hint: dict[str, str] | None, unread: frozenset[str]
+    recording: Recording,
+    block: BlockCall,
+    streams: dict[str, Tensor],
+    hint: dict[str, str] | None,
+    unread: frozenset[str],
+    batch_axes: Mapping[str, int] | None = None,
 ) -> Alignment:
     sample = recording.samples[block.kind]
     pattern = pattern_of(block.module)
     if pattern is None:
-        return align_block(sample, streams, hint, unread=unread)
+        return align_block(sample, streams, hint, unread=unread, batch_axes=batch_axes)
     declared = dict(pattern.inputs)
     _check_names(block, pattern, set(named_leaves(block.module, sample.args, sample.kwargs, Tensor)))
     stream = next(iter(declared))

@@ -69,8 +69,8 @@ def specialize_(
     state = state_of(model)
     converted = next(module for module in model.modules() if module._modules.get("diffcr") is state)
     with changing(converted):
-        if converted._modules.get("diffcr") is not state:  # restored by another thread meanwhile
-            state_of(model)
+        if converted._modules.get("diffcr") is not state:  # restored by another thread meanwhile, and perhaps converted anew
+            state = state_of(model)
         return _specialize(model, converted, state, budget, cost, example_inputs)
 
 
@@ -146,7 +146,7 @@ def _budget(converted: torch.nn.Module, state: DiffCRState, config: DiffCRConfig
         return state.budget
     dense = functools.partial(original_class(converted).forward, converted)  # type: ignore[attr-defined]
     costs = costs_of(converted, state, example_call(converted.forward, example_inputs), dense, config)
-    return Budget.of(config, torch.tensor(costs))
+    return Budget.of(config, torch.tensor(costs, dtype=torch.float64, device="cpu"))
 
 
 def _decides(state: DiffCRState, ratios: torch.Tensor, router: int) -> bool:

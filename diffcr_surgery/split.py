@@ -34,9 +34,10 @@ class Splitting:
     refusal: str = ""
 
 
-def given(call: Call) -> frozenset[str]:
-    """Return the names of the arguments that a call gives."""
-    return frozenset(name for name, value in call.arguments.items() if value is not None)
+def given(call: Call, batch: int) -> frozenset[tuple[str, bool]]:
+    """Return which arguments a call of ``batch`` samples gives, and whether each tensor and list in them has an entry for every sample."""
+    names = {(name, False) for name, value in call.arguments.items() if value is not None}
+    return frozenset(names | {(path, len(value) == batch) for path, value in places(call.arguments).items()})
 
 
 def refused(why: str) -> TimestepError:

@@ -190,14 +190,15 @@ def scatter_tokens(stream: Tensor, update: Tensor, kept: Tensor, pattern: str) -
         pattern: Axis pattern of both.
 
     Returns:
-        A new tensor like ``stream``; a bypassed token is bit for bit what it was.
+        A new tensor in the precision of ``update``; a bypassed token is bit for bit what it was, as far as that can hold it.
     """
     axes = parse_axes(pattern)
     (axis,) = axes.tokens
+    stream = stream.to(update.dtype)  # under autocast a block may leave another than it was given, and what follows is made for that
     if axes.batch is None:
-        return stream.index_copy(axis, kept[0], update.to(stream.dtype))
+        return stream.index_copy(axis, kept[0], update)
     order = (axes.batch, axis)
-    whole, part = stream.movedim(order, (0, 1)), update.to(stream.dtype).movedim(order, (0, 1))
+    whole, part = stream.movedim(order, (0, 1)), update.movedim(order, (0, 1))
     rows = rearrange(whole, "b n ... -> (b n) ...")
     merged = rows.index_copy(0, _rows(kept, whole.shape[1]), rearrange(part, "b k ... -> (b k) ..."))
     return rearrange(merged, "(b n) ... -> b n ...", b=whole.shape[0]).movedim((0, 1), order)
@@ -207,12 +208,13 @@ def scatter_tokens_(stream: Tensor, update: Tensor, kept: Tensor, pattern: str) 
     """Put processed tokens back into ``stream`` itself; see :func:`scatter_tokens`. For streams that no one else reads."""
     axes = parse_axes(pattern)
     (axis,) = axes.tokens
-    if axes.batch is None:
-        return stream.index_copy_(axis, kept[0], update.to(stream.dtype))
-    if (axes.batch, axis) != (0, 1) or not stream.is_contiguous():
+    ahead = axes.batch is None or ((axes.batch, axis) == (0, 1) and stream.is_contiguous())
+    if not ahead or stream.dtype != update.dtype:
         return scatter_tokens(stream, update, kept, pattern)
+    if axes.batch is None:
+        return stream.index_copy_(axis, kept[0], update)
     rows = stream.view(-1, *stream.shape[2:])
-    rows.index_copy_(0, _rows(kept, stream.shape[1]), update.to(stream.dtype).flatten(0, 1))
+    rows.index_copy_(0, _rows(kept, stream.shape[1]), update.flatten(0, 1))
     return stream
 
 

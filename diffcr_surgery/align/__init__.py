@@ -17,16 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffcr_surgery._tree import flatten, map_leaves
-from diffcr_surgery.align.candidates import by_likelihood, combinations, complete, options_of, prefix_of, stream_patterns
+from diffcr_surgery.align.candidates import by_likelihood, combinations, complete, options_of, prefix_lengths, prefix_of, stream_patterns
 from diffcr_surgery.align.proof import Subject, tolerance
 from diffcr_surgery.axes import parse_axes
-from diffcr_surgery.caches import bare_copy
 from diffcr_surgery.detect import named_leaves
 from diffcr_surgery.tokens import keep_tokens, kept_count, rank_tokens
 from diffcr_surgery.trace.recording import OUT_OF_MEMORY, BlockSample
 
-__all__ = ["Alignment", "align_block", "has_no_residual"]
+__all__ = ["Alignment", "align_block"]
 
 FEW_TOKENS = 64  # of fewer, a proof draws arguments and weights three times
 MAX_TRIALS = 600  # a round; reached only where many lengths are alike
@@ -51,6 +49,7 @@ class Alignment:
         overwrites: Whether the block writes into the stream it is given.
         given: Paths of all tensor arguments the proof was run on.
         batches: Path of each output whose batch axis is another one than the stream's -> that axis.
+        undecided: Whether it could not be told which axis of the stream holds samples and which tokens.
     """
 
     routable: bool
@@ -65,6 +64,7 @@ class Alignment:
     overwrites: bool = False
     given: frozenset[str] = frozenset()
     batches: dict[str, int] = field(default_factory=dict)
+    undecided: bool = False
 
     @property
     def aligned(self) -> dict[str, str]:
@@ -80,6 +80,7 @@ def align_block(
     *,
     search: bool = True,
     unread: frozenset[str] = frozenset(),
+    batch_axes: Mapping[str, int] | None = None,
 ) -> Alignment:
     """Find what moves with the tokens of a block, and prove it.
 
@@ -90,6 +91,7 @@ def align_block(
         hint: Argument path -> axis pattern, tried first: a declared pattern or what was proven before.
         search: Whether to search when there is no hint or it fails.
         unread: Paths of outputs that no one uses, such as attention maps; they may come out as they like.
+        batch_axes: Path of a stream -> the axis that holds its samples, for a block that mixes along neither axis of it.
 
     Returns:
         The alignment; ``routable`` is false, with the reason, where no assignment passes.
@@ -107,48 +109,40 @@ def align_block(
         return Alignment(False, str(error))
     shapes = {leaves[path][1].shape for path in candidates}  # an output shaped like the stream may be its continuation, read or not
     subject.read = [i for i, t in enumerate(subject.baseline) if i in subject.read or t.shape in shapes]
-    trial = _Trial(subject, named, named_leaves(sample.module, sample.args, sample.kwargs, int))
+    trial = _Trial(subject, named, named_leaves(sample.module, sample.args, sample.kwargs, int), batch_axes or {})
     for stream in candidates:
-        found = trial.settle(stream, streams[stream], hint, search)
-        if found is not None:
+        spoiled = sorted(trial.named[subject.paths[i]] for i in subject.overwritten if subject.paths[i] != named[stream])
+        if not spoiled and (found := trial.settle(stream, streams[stream], hint, search)) is not None:
             return found
+    if spoiled:
+        return Alignment(False, _OVERWRITES.format(spoiled))
+    if trial.undecided:
+        return Alignment(False, _UNDECIDED.format(trial.undecided), undecided=True)
     if search:
         trial.several = next(filter(None, (trial.moves_several(stream, streams[stream]) for stream in candidates)), [])
     tokens = 1 if trial.single and trial.best == float("inf") else 0
     return Alignment(False, trial.verdict(), tokens=tokens, error=trial.best, trials=trial.count)
 
 
-def has_no_residual(sample: BlockSample, found: Alignment) -> bool | None:
-    """Tell whether a block has no residual of its own: with its linear maps at zero, its stream comes out as zeros.
-
-    Args:
-        sample: The block and arguments it was really called with; both stay as they are.
-        found: Its alignment, of which the output is read that continues the stream.
-
-    Returns:
-        Whether it has none; ``None`` where zero weights make no sense: a weight norm, say, divides by them.
-    """
-    twin = bare_copy(sample.module, flatten((sample.args, sample.kwargs))[1][0].device).eval()
-    args, kwargs = map_leaves((sample.args, sample.kwargs), lambda _, leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
-    try:
-        for name, weight in twin.named_parameters():
-            # Norms keep their scale: one that stands after the residual would hide it otherwise.
-            weight.requires_grad_(False).fill_(0.0 if weight.ndim > 1 or "bias" in name else 1.0)
-        with torch.no_grad():
-            paths, outputs, _ = flatten(twin(*args, **kwargs))
-    except OUT_OF_MEMORY:
-        raise
-    except Exception:  # packed weights, say, that zeros are no values of
-        return None
-    stream = outputs[paths.index(found.output)]
-    return not bool(stream.any()) if bool(stream.isfinite().all()) else None
+_OVERWRITES = (
+    "it writes into its arguments {}, which are not the stream that is routed: what bypasses the block would go unwritten, and a second "
+    "run in training would write twice; let it work on clones"
+)
+_UNDECIDED = (
+    "it mixes nothing along either axis of its stream {}, nor does another block on that stream, so that tokens cannot be told from "
+    "samples: there may be a single token alone, or attention to other tokens only; declare its axes by a BlockPattern"
+)
 
 
 class _Trial:
     """The search over one block's arguments."""
 
-    def __init__(self, subject: Subject, named: dict[str, str], numbers: dict[str, tuple[str, Any]]) -> None:
+    def __init__(self, subject: Subject, named: dict[str, str], numbers: dict[str, tuple[str, Any]], batches: Mapping[str, int]) -> None:
         self.subject = subject
+        self.batches = batches
+        self.mixed: dict[tuple[str, int], bool] = {}
+        self.shared: dict[tuple[str, int, int, int | None], bool] = {}
+        self.undecided: tuple[int, ...] = ()
         self.raw = named
         self.numbers = numbers
         self.named = {raw: name for name, raw in named.items()}
@@ -183,8 +177,8 @@ class _Trial:
         for widely, output, pattern in itertools.product((False, True) if search else (False,), outputs, stream_patterns(tensor)):
             axes = parse_axes(pattern)
             moving = mark[None] if axes.batch is None else mark if axes.batch == 0 else mark.T
-            if axes.tokens == (0,) and tensor.ndim == 3 and not self.subject.mixes(index, output, 0):
-                continue  # any block is equivariant along its batch; tokens are what it mixes
+            if not self._holds_tokens(stream, index, outputs, axes.tokens[0], hint):
+                continue
             if int(moving.sum(1).max()) < 2:
                 self.complaint = "its stream holds a single token that stems from the latent; a proof takes at least two"
                 self.single = stream
@@ -205,13 +199,28 @@ class _Trial:
                     reason = f"proven, error {error:.0e}"
                     path = self.subject.outputs[output]
                     counts = self._counts(assignment, index, output, moving, pattern)
-                    written = index in self.subject.overwritten
-                    given = frozenset(self.raw)
+                    written, given = index in self.subject.overwritten, frozenset(self.raw)
                     batches = (
                         {self.subject.outputs[i]: at for i, at in self.subject.batches(index, axes.batch).items()} if axes.batch else {}
                     )
                     return Alignment(True, reason, stream, path, found, moving.shape[1], error, self.count, counts, written, given, batches)
         return None
+
+    def _holds_tokens(self, stream: str, index: int, outputs: list[int], axis: int, hint: dict[str, str] | None) -> bool:
+        """Tell whether the stream may have its tokens on an axis: any block is equivariant along its batch; tokens are what it mixes."""
+        shape = self.subject.tensors[index].shape
+        if len(shape) < 3:
+            return True
+        if hint and stream in hint:
+            return parse_axes(hint[stream]).tokens == (axis,)
+        for each in (axis, 1 - axis):
+            if (stream, each) not in self.mixed:
+                self.mixed[stream, each] = any(self.subject.mixes(index, output, each) for output in outputs)
+            if self.mixed[stream, each]:
+                return each == axis
+        if stream not in self.batches:
+            self.undecided = tuple(shape)
+        return self.batches.get(stream, axis) != axis
 
     def moves_several(self, stream: str, mark: Tensor) -> list[str]:
         """Return the outputs that all move with the tokens of a block that could not be routed, if that is what stands in the way."""
@@ -235,27 +244,39 @@ class _Trial:
     def _counts(self, patterns: dict[str, str], stream: int, output: int, moving: Tensor, pattern: str) -> dict[str, str]:
         """Return the whole numbers among the arguments that have to follow the number of tokens.
 
-        Such a number equals it, and the block takes its tokens for a set with that number alone: with one less, a token is treated
-        unlike the others.
+        Such a number equals it, and without it the block does not run on fewer; or it takes its tokens for a set with that number alone:
+        with one less, a token is treated unlike the others.
         """
-        total, most = moving.shape[1], int(moving.sum(1).max())
+        total = moving.shape[1]
         found = {name: "off" for name, (path, _) in self.numbers.items() if path in self.subject.off}
-        for name, (path, value) in self.numbers.items():
-            if type(value) is not int or value not in (most, total) or _COUNTS_OTHERS.search(name):
+        needed = self._needed(patterns, stream, output, moving, pattern) or {}
+        kept = self._half(stream, moving)
+        for name, (word, path, follows) in self._countable(stream, moving).items():
+            if path in needed:
+                found[name] = word
                 continue
-            word = "m+n" if value == total and most < total else "n"
-            kept = self._half(stream, moving)
-            follows = kept.shape[1] - (total - most if word == "n" else 0)
             self.count += 3
             try:
-                still_a_set = self._gap(patterns, stream, [output], moving, pattern, {path: value - 1}) <= self._tolerance()
-                shape = self.subject.run(patterns, kept, total, pattern, {path: follows})[output].shape
+                one_less = {path: self.numbers[name][1] - 1}
+                still_a_set = self._gap(patterns, stream, [output], moving, pattern, one_less) <= self._tolerance()
+                shape = self.subject.run(patterns, kept, total, pattern, {**needed, path: follows})[output].shape
             except OUT_OF_MEMORY:
                 raise
             except Exception:  # a number of heads, say, that happens to equal the number of tokens
                 continue
-            if not still_a_set and shape == self.subject.run(patterns, kept, total, pattern)[output].shape:
+            if not still_a_set and shape == self.subject.run(patterns, kept, total, pattern, needed)[output].shape:
                 found[name] = word
+        return found
+
+    def _countable(self, stream: int, moving: Tensor) -> dict[str, tuple[str, str, int]]:
+        """Return name of each number that may count tokens -> which, its path, and what it is on half of them."""
+        total, most = moving.shape[1], int(moving.sum(1).max())
+        count = self._half(stream, moving).shape[1]
+        found = {}
+        for name, (path, value) in self.numbers.items():
+            if type(value) is int and value in (most, total) and not _COUNTS_OTHERS.search(name):
+                word = "m+n" if value == total and most < total else "n"
+                found[name] = (word, path, count - (total - most if word == "n" else 0))
         return found
 
     def _gap(self, patterns: dict[str, str], stream: int, outputs: Sequence[int], moving: Tensor, *more: Any) -> float:
@@ -279,11 +300,11 @@ class _Trial:
             if error > self._tolerance():
                 return error
             self.count += 1
-            return error if self._runs_on_fewer(patterns, stream, output, moving, pattern) else float("inf")
+            return float("inf") if self._needed(patterns, stream, output, moving, pattern) is None else error
         except OUT_OF_MEMORY:
             raise
         except Exception as failure:  # a wrong assignment may break the block in any way
-            self.complaint = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
+            self.complaint = _told(failure)
             return float("inf")
 
     def _needless(self, patterns: dict[str, str], stream: int, output: int, moving: Tensor, pattern: str) -> list[str]:
@@ -298,18 +319,28 @@ class _Trial:
                 found.append(self.named[path])
         return sorted(found)
 
-    def _runs_on_fewer(self, patterns: dict[str, str], stream: int, output: int, moving: Tensor, pattern: str) -> bool:
-        tokens = moving.shape[1]
+    def _needed(self, patterns: dict[str, str], stream: int, output: int, moving: Tensor, pattern: str) -> dict[str, int] | None:
+        """Return what numbers have to be for the block to run on half its tokens: path -> value; ``None`` if it runs on all alone."""
         kept = self._half(stream, moving)
-        count = kept.shape[1]
-        results = self.subject.run(patterns, kept, tokens, pattern)
         shape = list(self.subject.tensors[stream].shape)
-        shape[parse_axes(pattern).tokens[0]] = count
+        shape[parse_axes(pattern).tokens[0]] = kept.shape[1]
         others = [i for i in self.subject.read if i != output]
-        if list(results[output].shape) == shape and all(results[i].shape == self.subject.baseline[i].shape for i in others):
-            return True
-        self.complaint = f"on {count} of {tokens} tokens its output has shape {tuple(results[output].shape)}"
-        return False
+        countable = [(path, follows) for _, path, follows in self._countable(stream, moving).values()]
+        complaint = ""
+        for chosen in itertools.chain.from_iterable(itertools.combinations(countable, size) for size in range(len(countable) + 1)):
+            numbers = dict(chosen)
+            try:
+                results = self.subject.run(patterns, kept, moving.shape[1], pattern, numbers)
+            except OUT_OF_MEMORY:
+                raise
+            except Exception as failure:  # a number that stays, say, while the tokens are fewer
+                complaint = complaint or _told(failure)
+                continue
+            if list(results[output].shape) == shape and all(results[i].shape == self.subject.baseline[i].shape for i in others):
+                return numbers
+            complaint = complaint or f"on {kept.shape[1]} of {moving.shape[1]} tokens its output has shape {tuple(results[output].shape)}"
+        self.complaint = complaint
+        return None
 
     def _half(self, stream: int, moving: Tensor) -> Tensor:
         """Return a choice of tokens, ``b k``: the later half of those that may bypass, and all that stay."""
@@ -351,10 +382,10 @@ class _Trial:
         """Return the arguments that could move -> how; and those paths by container and shape."""
         batch = parse_axes(pattern).batch
         samples = None if batch is None else self.subject.tensors[stream].shape[batch]
-        tokens, ahead = moving.shape[1], prefix_of(moving)
+        tokens, ahead, lengths = moving.shape[1], prefix_of(moving), prefix_lengths(self.subject.tensors)
         options, groups = {}, dict[tuple[str, torch.Size], list[str]]()
         for path, t in zip(self.subject.paths, self.subject.tensors, strict=True):
-            found = options_of(t, tokens, samples, batch, self._prefixes(tokens), ahead)
+            found = options_of(t, tokens, samples, batch, lengths, ahead)
             if found and path != self.subject.paths[stream]:
                 options[path] = found
                 groups.setdefault((path.rpartition(".")[0] if path.count(".") > 1 else path, t.shape), []).append(path)
@@ -396,18 +427,24 @@ class _Trial:
                 continue
         return False
 
-    def _prefixes(self, tokens: int) -> set[int]:
-        """Return the lengths a prefix or suffix may have: the sizes seen anywhere in the arguments."""
-        sizes = {size for t in self.subject.tensors for size in t.shape}
-        return sizes | {a + b for a in sizes for b in sizes}
-
     def _completed(self, moved: dict[str, str], stream: int, pattern: str) -> Iterator[dict[str, str]]:
         batch = parse_axes(pattern).batch
         samples = None if batch is None else self.subject.tensors[stream].shape[batch]
+
+        def shares(path: str, axis: int) -> bool:
+            key = (path, axis, stream, batch)
+            if key not in self.shared:
+                self.shared[key] = self.subject.shares(self.subject.paths.index(path), axis, stream, batch or 0)
+            return self.shared[key]
+
         tensors = dict(zip(self.subject.paths, self.subject.tensors, strict=True))
-        first = complete(moved, tensors, samples, batch)
+        first = complete(moved, tensors, samples, batch, shares)
         yield first
         if batch:  # where two axes are as long as the batch, the rest may have theirs in front, unlike the stream
-            other = complete(moved, tensors, samples, 0)
+            other = complete(moved, tensors, samples, 0, shares)
             if other != first:
                 yield other
+
+
+def _told(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {failure}".splitlines()[0][:200]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -11,12 +11,18 @@ from torch import Tensor
 from diffcr_surgery.align.proof import needs_samples
 from diffcr_surgery.axes import TOKEN_WORDS
 
-__all__ = ["by_likelihood", "combinations", "complete", "options_of", "prefix_of", "stream_patterns"]
+__all__ = ["by_likelihood", "combinations", "complete", "options_of", "prefix_lengths", "prefix_of", "stream_patterns"]
 
 _NAMES = "cdefghijkl"
 
 
-def complete(moved: dict[str, str], tensors: Mapping[str, Tensor], samples: int | None, batch: int | None) -> dict[str, str]:
+def complete(
+    moved: dict[str, str],
+    tensors: Mapping[str, Tensor],
+    samples: int | None,
+    batch: int | None,
+    shares: Callable[[str, int], bool] = lambda path, axis: False,
+) -> dict[str, str]:
     """Add the arguments that are batched besides those that move, where a block has to be run sample by sample.
 
     Args:
@@ -24,11 +30,13 @@ def complete(moved: dict[str, str], tensors: Mapping[str, Tensor], samples: int 
         tensors: Path -> each argument.
         samples: b; ``None`` for a packed stream.
         batch: Axis of the batch in the stream; where another argument has that length elsewhere alone, it is there.
+        shares: Tells of a path and an axis as long as the batch whether it is so by chance.
     """
     if samples is None or not needs_samples(moved, samples):
         return moved
-    rest = {path: _words(t.shape, {}, _batch_axis(t.shape, (), samples, batch)) for path, t in tensors.items() if path not in moved}
-    return moved | {path: words for path, words in rest.items() if "b" in words.split()}
+    rest = {path: t.shape for path, t in tensors.items() if path not in moved}
+    axes = {path: [at for at in _batch_axes(shape, (), samples, batch) if not shares(path, at)] for path, shape in rest.items()}
+    return moved | {path: _words(rest[path], {}, found[0]) for path, found in axes.items() if found}
 
 
 def by_likelihood(options: dict[str, list[str]]) -> Iterator[dict[str, list[str]]]:
@@ -64,10 +72,6 @@ def _batch_axes(shape: torch.Size, tokens: Collection[int], samples: int | None,
     return [axis for axis in order if axis < len(shape) and axis not in tokens and shape[axis] == samples]
 
 
-def _batch_axis(shape: torch.Size, tokens: Collection[int], samples: int | None, batch: int | None) -> int | None:
-    return next(iter(_batch_axes(shape, tokens, samples, batch)), None)
-
-
 def _words(shape: torch.Size, tokens: Mapping[int, str], at: int | None) -> str:
     """Spell out a pattern: given token axes, then the batch axis, then plain names."""
     names = iter(_NAMES)
@@ -79,6 +83,12 @@ def prefix_of(moving: Tensor) -> int:
     lengths = moving.sum(1)
     ahead = moving.shape[1] - int(lengths[0])
     return ahead if bool((lengths == lengths[0]).all()) and bool(moving[:, ahead:].all()) else 0
+
+
+def prefix_lengths(tensors: Collection[Tensor]) -> set[int]:
+    """Return the lengths a prefix or suffix may have: the sizes seen anywhere in the arguments."""
+    sizes = {size for t in tensors for size in t.shape}
+    return sizes | {a + b for a in sizes for b in sizes}
 
 
 def options_of(t: Tensor, tokens: int, samples: int | None, batch: int | None, prefixes: set[int], ahead: int) -> list[str]:

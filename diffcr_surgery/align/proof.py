@@ -18,7 +18,7 @@ from diffcr_surgery._tree import fill, flatten, map_leaves
 from diffcr_surgery.axes import parse_axes
 from diffcr_surgery.caches import bare_copy
 from diffcr_surgery.tokens import gather_each, gather_tokens, per_sample, sample_axes
-from diffcr_surgery.trace.perturb import generator
+from diffcr_surgery.trace.perturb import generator, normal
 from diffcr_surgery.trace.recording import OUT_OF_MEMORY
 
 __all__ = ["Subject", "tolerance"]
@@ -151,18 +151,31 @@ class Subject:
 
     def mixes(self, stream: int, output: int, axis: int) -> bool:
         """Tell whether changing the first half of the stream along ``axis`` changes the output of the rest."""
+        size = self.tensors[stream].shape[axis]
+        if size < 2:
+            return False
         subjects = itertools.chain([self], self.again())  # sharp attention may look elsewhere
-        return any(subject._heard(stream, output, axis, generator(seed)) for subject in subjects for seed in range(4))
+        return any(subject._heard(stream, axis, size // 2, output, axis, seed) for subject in subjects for seed in range(4))
 
-    def _heard(self, stream: int, output: int, axis: int, source: torch.Generator) -> bool:
+    def shares(self, argument: int, axis: int, stream: int, batch: int) -> bool:
+        """Tell whether samples share the entries of an argument along ``axis``: changing the first one changes other samples too."""
+        shape = self.tensors[stream].shape
+        outputs = [i for i in self.read if self.baseline[i].shape == shape]
+        # In all of them, for one may be the text's, with its batch on another axis.
+        return all(any(self._heard(argument, axis, 1, output, batch, seed) for seed in range(4)) for output in outputs)
+
+    def _heard(self, argument: int, axis: int, count: int, output: int, along: int, seed: int) -> bool:
+        """Tell whether changing the first entries of an argument along an axis changes all but as many of an output along another."""
         tensors = list(self.tensors)
-        tensors[stream] = tensors[stream].clone()
-        half = max(1, tensors[stream].shape[axis] // 2)
-        first = tensors[stream].narrow(axis, 0, half)
-        first.copy_(_shaken(first, source, upcast=False))  # not shifted: a norm takes the same amount off every channel again
-        changed = _call(self.block, self.template, [t.clone() for t in tensors])[1][output]
-        others = self.baseline[output].shape[axis] - half
-        return _gap(changed.narrow(axis, half, others), self.baseline[output].narrow(axis, half, others)) > tolerance(changed)
+        tensors[argument] = tensors[argument].clone()
+        first = tensors[argument].narrow(axis, 0, count)
+        first.copy_(_shaken(first, generator(seed), upcast=False))  # not shifted: a norm takes the same amount off every channel again
+        other = self.on(tensors)
+        if other is None:
+            return False
+        rest = self.baseline[output].shape[along] - count
+        changed, before = (each.baseline[output].narrow(along, count, rest) for each in (other, self))
+        return _gap(changed, before) > tolerance(before)
 
     def batches(self, stream: int, axis: int) -> dict[int, int]:
         """Return each output whose batch axis is not the stream's -> that axis, told by what changing the first sample changes."""
@@ -206,10 +219,10 @@ class Subject:
 
 def _permutations(moving: Tensor, source: torch.Generator) -> Tensor:
     """Return indices ``b n`` that permute the moving tokens of each sample at random; not those of all samples into where they were."""
-    order = torch.arange(moving.shape[1]).repeat(moving.shape[0], 1)
+    order = torch.arange(moving.shape[1], device="cpu").repeat(moving.shape[0], 1)
     places = [mark.nonzero().flatten().cpu() for mark in moving]
     for row, own in zip(order, places, strict=True):
-        row[own] = own[torch.randperm(len(own), generator=source)]
+        row[own] = own[torch.randperm(len(own), generator=source, device="cpu")]
     if bool((order.diff(dim=1) == 1).all()):
         for row, own in zip(order, places, strict=True):
             row[own] = own.roll(1)
@@ -263,11 +276,11 @@ def _shaken(t: Tensor, source: torch.Generator, upcast: bool) -> Tensor:
     """Return other values of the kind of ``t``, all entries distinct where the dtype allows."""
     t = _raised(t, upcast)
     if t.dtype == torch.bool:
-        flips = torch.rand(t.shape, generator=source).to(t.device) < 0.25
+        flips = torch.rand(t.shape, generator=source, device="cpu").to(t.device) < 0.25
         return t ^ flips
     if not (t.is_floating_point() or t.is_complex()):
         return t
-    noise = torch.randn(t.shape, generator=source).to(t.device).to(t.dtype)
+    noise = normal(t.shape, source).to(t.device).to(t.dtype)
     finite = t[t.isfinite()]
     spread = finite.abs().std() if finite.numel() > 1 else finite.new_zeros(())
     return t + 0.5 * noise * torch.where(spread > 1e-6, spread, torch.ones_like(spread)).to(noise.dtype)
@@ -290,7 +303,7 @@ def _shaken_copy(block: nn.Module, upcast: bool, device: torch.device, seed: int
     low = any(p.dtype in (torch.float16, torch.bfloat16) for p in twin.parameters())
     if upcast and low:
         twin = twin.float()
-    pool = torch.randn(65_537, generator=generator(seed))  # drawing millions of numbers would cost as much as running the block
+    pool = normal((65_537,), generator(seed))  # drawing millions of numbers would cost as much as running the block
     with torch.no_grad():
         for p in twin.parameters():
             p.requires_grad_(False)

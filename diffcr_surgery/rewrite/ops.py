@@ -14,6 +14,7 @@ from diffcr_surgery._tree import flatten, is_dataclass_value
 from diffcr_surgery.axes import parse_axes
 from diffcr_surgery.errors import NonFiniteError
 from diffcr_surgery.tokens import per_sample
+from diffcr_surgery.trace.key import device_of
 from diffcr_surgery.trace.recorder import rng_state
 from diffcr_surgery.trace.recording import set_rng_state
 
@@ -73,7 +74,7 @@ def boundary_factor(factor: Tensor, order: Tensor, count: int, weight: Tensor, d
         Factors ``b n``; at w = 0 those of the lower ratio, bit for bit.
     """
     kept = torch.zeros_like(factor).scatter(1, order[:, :count], 1.0)
-    return torch.lerp(factor if decided else torch.ones_like(factor), kept * factor, weight[:, None])
+    return torch.lerp(factor if decided else torch.ones_like(factor), kept * factor, weight[:, None].to(factor))
 
 
 def check_scores(sites: tuple[str, ...], scores: tuple[Tensor, ...]) -> None:
@@ -84,7 +85,7 @@ def check_scores(sites: tuple[str, ...], scores: tuple[Tensor, ...]) -> None:
     Raises:
         NonFiniteError: Naming the first site that has such scores.
     """
-    sums = torch.stack([s.detach().sum() for s in scores])  # scores lie in (0, 1)
+    sums = torch.stack([s.detach().sum().to(scores[0].device) for s in scores])  # scores lie in (0, 1)
     if bool(sums.isfinite().all()):
         return
     broken = [site for site, s in zip(sites, sums.tolist(), strict=True) if not math.isfinite(s)]
@@ -133,7 +134,7 @@ def with_zero_gradients(output: Tensor, weight: Tensor, scores: Tensor) -> Tenso
         weight: Blend weights, ``b`` or one.
         scores: ``b n``.
     """
-    return output + 0.0 * (weight.sum() + scores.sum()).to(output.dtype)
+    return output + (0.0 * (weight.sum() + scores.sum())).to(output)  # zero first: in half precision the sum may be infinite
 
 
 def blend_weight(table: Tensor, site: int, region: Tensor, lower: float, upper: float) -> Tensor:
@@ -169,7 +170,7 @@ def blend(lower: Tensor, upper: Tensor, weight: Tensor, batch: int | None) -> Te
     shape = [1] * lower.ndim
     if batch is not None:
         shape[batch] = weight.shape[0]
-    return torch.lerp(lower, upper.to(lower.dtype), weight.reshape(shape).to(lower.dtype))
+    return torch.lerp(lower, upper.to(lower.dtype), weight.reshape(shape).to(lower))
 
 
 def without_random_trace(block: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -177,7 +178,7 @@ def without_random_trace(block: Callable[..., Any], args: Any, kwargs: Any) -> A
 
     Its own run and the blocks after it then draw what they would draw in the original model.
     """
-    device = _device_of((args, kwargs))
+    device = device_of(flatten((args, kwargs))[1])
     state = rng_state(device)
     try:
         return block(*args, **kwargs)
@@ -188,12 +189,6 @@ def without_random_trace(block: Callable[..., Any], args: Any, kwargs: Any) -> A
 def per_sample_without_random_trace(*arguments: Any) -> Any:
     """Do :func:`per_sample`, and leave the random state as if it had not run."""
     return without_random_trace(per_sample, arguments, {})
-
-
-def _device_of(arguments: Any) -> torch.device:
-    """Return the device a block with these arguments computes on; a stray mask on the CPU does not count."""
-    devices = [tensor.device for tensor in flatten(arguments)[1]]
-    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
 
 def checkpointed(run: Callable[..., Any], name: str) -> Callable[..., Any]:

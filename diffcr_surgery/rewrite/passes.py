@@ -82,8 +82,7 @@ class FuseSites:
                 continue
             before, update, kept, pattern = stream.args
             if node.target is gather_tokens and node.args[1:3] == (kept, pattern):
-                with graph.inserting_before(node):
-                    node.replace_all_uses_with(graph.call_method("type_as", (update, before)))
+                node.replace_all_uses_with(update)
                 graph.erase_node(node)
                 modified = True
             elif node.target is scatter_tokens and node.args[2:] == (kept, pattern):

@@ -15,7 +15,7 @@ import torch
 from diffcr_surgery._shards import is_sharded
 from diffcr_surgery.config import DiffCRConfig
 from diffcr_surgery.errors import ConversionError
-from diffcr_surgery.plan import SurgeryPlan, plan
+from diffcr_surgery.plan import SurgeryPlan, modules_of, plan
 from diffcr_surgery.runtime.state import DiffCRState
 from diffcr_surgery.runtime.subclass import original_class, subclass
 
@@ -93,7 +93,8 @@ def _convert(model: torch.nn.Module, plan_or_inputs: Any, config: DiffCRConfig |
         planned = plan(model, plan_or_inputs, config)
     _check_fits(model, planned)
     converted = subclass(type(model))
-    with torch.inference_mode(False):  # what is made in there could never be trained
+    # What is made in inference mode could never be trained, and torch's default device may be another than the model's.
+    with torch.inference_mode(False), torch.device("cpu"):
         state = DiffCRState(planned).train(model.training)
     reference = next((p for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1), None)
     if reference is not None:
@@ -134,6 +135,14 @@ def _check_fits(model: torch.nn.Module, planned: SurgeryPlan) -> None:
             raise ConversionError(
                 f"The plan routes {site.path} ({site.block_class}), but this {type(model).__name__} has {found} there; plan again for it."
             )
+    wanted, present = dict(planned.modules), dict(modules_of(model, {site.block_class for site in planned.routed_sites}))
+    # Weights may have come since, such as LoRA's; none may have gone.
+    wrong = [path for path in {**wanted, **present} if path not in wanted or not wanted[path] <= present.get(path, frozenset())]
+    if wrong:
+        raise ConversionError(
+            f"The plan was made for a model of another size: it knows no {type(model).__name__} whose {wrong[0]} is what it is here; plan "
+            "again for it."
+        )
     if getattr(vars(model).get("forward"), "__func__", None) is type(model).forward:  # hooks that are off leave it behind
         del model.forward
     if "forward" in vars(model):

@@ -107,6 +107,13 @@ def _aligned(recording: Recording, plan: SurgeryPlan) -> dict[Any, RoutedCall]:
                 "DiffCRConfig(blocks=...)."
             )
         routed[call.node] = routed_call(recording, call, row, site.router, plan.config)
+    lost = [site for site in plan.routed_sites if site.path in recording.ran - {call.path for call in calls}]
+    if lost:
+        raise AlignmentError(
+            f"{lost[0].path} ({lost[0].block_class}) was planned as routed, but in this call it does not do what a block does, attention "
+            "and an MLP that take a stream of tokens and return one alike. Restore the model and plan with inputs like these, or leave the "
+            "block out with DiffCRConfig(blocks=...)."
+        )
     _check_routers(routed.values())
     return routed
 
@@ -157,7 +164,7 @@ def answer(model: torch.nn.Module, state: DiffCRState, call: Call, forward: Call
     result = _together(outputs, parts, lists)
     if state.training and torch.is_grad_enabled():
         regions = [region for part in parts for region in part.regions * (len(part.rows) // len(part.regions))]
-        state.visits = state.visits + torch.bincount(torch.tensor(regions), minlength=len(state.visits))
+        state.visits = state.visits + torch.bincount(torch.tensor(regions, device="cpu"), minlength=len(state.visits))
     return result
 
 
@@ -221,9 +228,10 @@ def _cut(model: torch.nn.Module, state: DiffCRState, call: Call, forward: Callab
     if len(groups) == 1:
         return [_Part(call, cache[regions[0]], _once(regions), list(range(len(regions))))], frozenset()
     with _SPLITTING:  # one thread finds it, the others wait
-        splitting = state.splittings.get(given(call))
+        kind = given(call, len(regions))
+        splitting = state.splittings.get(kind)
         if splitting is None:  # the first of its kind: it is run on samples alone
-            splitting = state.splittings[given(call)] = find_splitting(model, forward, call, len(regions))
+            splitting = state.splittings[kind] = find_splitting(model, forward, call, len(regions))
     if splitting.refusal:
         raise refused(splitting.refusal)
     parts = [

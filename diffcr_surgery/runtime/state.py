@@ -54,7 +54,7 @@ class DiffCRState(nn.Module):
         site_costs: Share of the dense model's cost that each site takes at each reachable bin, ``l m``.
         achieved: What a specialised model costs, and was asked to.
         fixed: Of each region, at which bins the sites run, once :func:`diffcr_surgery.specialize_` has fixed them.
-        splittings: Names of a call's arguments -> how calls with these are cut into samples.
+        splittings: What kind of call -> how calls like that are cut into samples.
     """
 
     def __init__(self, plan: SurgeryPlan) -> None:
@@ -66,11 +66,13 @@ class DiffCRState(nn.Module):
         self.recordings = Recordings()
         self.routers = nn.ModuleDict({str(i): Router(site.width) for i, site in enumerate(plan.routed_sites) if site.router == i})
         shape = (len(plan.routed_sites), plan.regions.count)
-        self.ratio_table = nn.Parameter(torch.full(shape, float(self.config.initial_ratio)), requires_grad=self.config.learn_ratios)
+        start = torch.full(shape, float(self.config.initial_ratio), dtype=torch.float32)
+        self.ratio_table = nn.Parameter(start, requires_grad=self.config.learn_ratios)
         self.site_costs: Tensor
-        self.register_buffer("site_costs", torch.tensor(plan.site_costs))
-        self.splittings: dict[frozenset[str], Splitting] = {}
-        self.visits = torch.zeros(plan.regions.count)  # samples of each region since RatioOptimizer's last step
+        self.register_buffer("site_costs", torch.tensor(plan.site_costs, dtype=torch.float32))
+        self.splittings: dict[frozenset[tuple[str, bool]], Splitting] = {}
+        # Samples of each region since the last step of RatioOptimizer.
+        self.visits = torch.zeros(plan.regions.count, dtype=torch.float32, device="cpu")
         self._rounded: tuple[tuple[float, ...], Tensor] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ import functools
 import inspect
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -122,7 +123,12 @@ def _twin(original: type) -> type:
         given = (original, make, tuple(original if arg is converted else arg for arg in args), self.diffcr.fixed is not None)
         return (_rebuild, given, *rest)
 
-    extra: dict[str, Any] = {"__iter__": _own_children, "__len__": _count_own} if issubclass(original, torch.nn.Sequential) else {}
+    def item(self: Any, index: Any) -> Any:  # a slice is a model of its own, and not converted
+        chosen = [child for child in self.named_children() if child[0] != "diffcr"][index]
+        return original(OrderedDict(chosen)) if isinstance(index, slice) else chosen[1]
+
+    sequential = {"__iter__": _own_children, "__len__": _count_own, "__getitem__": item}
+    extra: dict[str, Any] = sequential if issubclass(original, torch.nn.Sequential) else {}
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
     own_names = {"forward": forward, "__reduce_ex__": reduce, "_diffcr_original": original}
     converted = type(original.__name__, (original,), {**names, **extra, **own_names})

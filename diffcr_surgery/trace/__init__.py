@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from diffcr_surgery.errors import SurgeryError, TraceError
-from diffcr_surgery.trace.key import bind_call, example_call, input_key
+from diffcr_surgery.trace.key import bind_call, copies, example_call, input_key
 from diffcr_surgery.trace.recording import OUT_OF_MEMORY, Recording, Recordings
 
 __all__ = ["Trace", "trace"]
@@ -49,7 +49,7 @@ class Trace:
                 f"{type(model).__name__} raised {type(error).__name__} on the example inputs: {error}. They hold tensors of "
                 f"the shapes {given}; give inputs the model itself runs on, such as capture_inputs collects."
             ) from error
-        self.call = call
+        self.call = bind_call(model.forward, *call.on(copies(call.tensors)))  # for trial runs: a forward may write into its inputs
         self.key = input_key(call)
         self.graph: fx.Graph = self.recording.graph
 
@@ -72,14 +72,15 @@ def trace(model: torch.nn.Module, example_inputs: Any) -> Trace:
     """Record ``model`` on example inputs.
 
     Args:
-        model: Any module; it is left as it was, random state, buffers, modes and gradients included.
+        model: Any module; it is left as it was, random state, buffers, plain attributes, modes and gradients included.
         example_inputs: A dict of keyword arguments, or a tuple of positional ones.
 
     Returns:
         A :class:`Trace` with ``.graph`` and ``.run``.
 
     Raises:
-        TraceError: If the inputs do not fit, or the recording does not reproduce the model. Known limits: reads of Python state
+        TraceError: If the inputs do not fit, or the recording does not reproduce the model. A forward that counts in an attribute, draws
+            from Python's or NumPy's random numbers, or takes a tensor out of an object is refused. Known limits: reads of Python state
             outside the model's own attributes (global variables), and modules that leak tensors other than by returning them.
 
     Example:

@@ -8,7 +8,10 @@ module, or attention with a gate and a mixture of experts. A class that has a de
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import functools
+import types
+from collections.abc import Hashable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -46,11 +49,15 @@ def _is_stream(meta: Meta) -> bool:
 
 
 def stream_pairs(recorder: Recorder, frame: Frame) -> list[tuple[str, str]]:
-    """Return the (argument path, output path) pairs of equal stream shape; ``""`` is a lone output."""
+    """Return the (argument path, output path) pairs of equal stream shape; ``""`` is a lone output.
+
+    Under autocast a stream may leave in another precision than it came in.
+    """
     metas = recorder.meta
     inputs = {path: metas[value] for path, value in refs_of((frame.args, frame.kwargs)).items()}
     outputs = {path: metas[value] for path, value in refs_of(frame.output).items()}
-    return [(a, b) for a, given in inputs.items() for b, made in outputs.items() if _is_stream(given) and given == made]
+    streams = {path: meta.shape for path, meta in outputs.items() if _is_stream(meta)}
+    return [(a, b) for a, given in inputs.items() for b, shape in streams.items() if _is_stream(given) and given.shape == shape]
 
 
 def _mixes(recorder: Recorder, event: FunctionEvent) -> bool:
@@ -108,29 +115,29 @@ def block_candidates(recorder: Recorder, root: Frame) -> dict[int, bool]:
 
     found = visit(root)
     if not found:
-        metas = dict.fromkeys(_main_stream(recorder, f) for f in root.walk() if isinstance(f, Frame) and stream_pairs(recorder, f))
-        for halves in (_halves(recorder, root, meta) for meta in metas if len(meta.shape) == 3):
+        shapes = dict.fromkeys(_main_stream(recorder, f) for f in root.walk() if isinstance(f, Frame) and stream_pairs(recorder, f))
+        for halves in (_halves(recorder, root, shape) for shape in shapes if len(shape) == 3):
             if len({mixes for _, mixes in halves}) == 2:
                 found += take(halves)
     return {id(frame.module): id(frame.module) in halved for frame in found}
 
 
-def _main_stream(recorder: Recorder, frame: Frame) -> Meta:
+def _main_stream(recorder: Recorder, frame: Frame) -> tuple[int, ...]:
     path, _ = stream_pairs(recorder, frame)[0]
-    return recorder.meta[refs_of((frame.args, frame.kwargs))[path]]
+    return recorder.meta[refs_of((frame.args, frame.kwargs))[path]].shape
 
 
-def _halves(recorder: Recorder, frame: Frame, meta: Meta) -> list[tuple[Frame, bool]]:
-    """Return the innermost calls with weights that map a stream to one like it, and whether each mixes tokens or is an MLP."""
+def _halves(recorder: Recorder, frame: Frame, shape: tuple[int, ...]) -> list[tuple[Frame, bool]]:
+    """Return the innermost calls with weights that map a stream of this shape to one, and whether each mixes tokens or is an MLP."""
     found: list[tuple[Frame, bool]] = []
     for event in frame.events:
         if not isinstance(event, Frame):
             continue
-        inner = _halves(recorder, event, meta)
-        alike = any(recorder.meta[refs_of((event.args, event.kwargs))[path]] == meta for path, _ in stream_pairs(recorder, event))
+        inner = _halves(recorder, event, shape)
+        alike = any(recorder.meta[refs_of((event.args, event.kwargs))[path]].shape == shape for path, _ in stream_pairs(recorder, event))
         if not inner and alike and any(p.ndim > 1 for p in event.module.parameters()):
             functions = [each for each in event.walk() if isinstance(each, FunctionEvent)]
-            size = torch.Size(meta.shape).numel()
+            size = torch.Size(shape).numel()
             mixes = any(_mixes(recorder, each) for each in functions)
             inner = [(event, mixes)] if mixes or sum(_activated(recorder, each, size) for each in functions) >= size else []
         found += inner
@@ -168,17 +175,58 @@ def _origin(recorder: Recorder, value: int) -> int:
     return value
 
 
+_HOOKS = {"_hf_hook", "_old_forward", "_diffusers_hook", "forward"}  # of accelerate and diffusers, which may hold all weights
+_OF_EVERY_MODULE = (vars(torch.nn.Module()).keys() | _HOOKS) - {"training"}
+_DEPTH = 6  # of values within values that are looked into
+
+
 def _structure(module: torch.nn.Module) -> Hashable:
-    plain = (bool, int, float, str)
     return tuple(
         (
             name,
             type(m),
-            tuple((k, v) for k, v in vars(m).items() if type(v) in plain),
+            tuple((k, _likeness(v)) for k, v in vars(m).items() if k not in _OF_EVERY_MODULE),
             tuple(p.shape for p in m.parameters(recurse=False)),
+            tuple((k, _likeness(b)) for k, b in m._buffers.items()),
         )
         for name, m in module.named_modules()
     )
+
+
+def _likeness(value: Any, depth: int = _DEPTH) -> Any:
+    """Return what two values must share to mean the same to a block: content, or of an object its class and parts. Hashable."""
+    if depth == 0 or isinstance(value, torch.nn.Module):
+        return type(value)
+    if isinstance(value, torch.Tensor):
+        if value.is_meta or hasattr(value, "full_tensor"):
+            return (value.shape, value.dtype)
+        return (value.shape, value.dtype, hash(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()))
+    if isinstance(value, functools.partial):
+        value = (value.func, value.args, value.keywords)
+    if isinstance(value, types.MethodType):
+        value = (value.__func__, value.__self__)
+    if isinstance(value, types.FunctionType):
+        value = (value.__code__, value.__defaults__, _closed_over(value))
+    if isinstance(value, (tuple, list)):
+        return (type(value), *(_likeness(each, depth - 1) for each in value))
+    if isinstance(value, Mapping):
+        return (type(value), *((key, _likeness(each, depth - 1)) for key, each in value.items()))
+    attributes = None if isinstance(value, type) else getattr(value, "__dict__", None)
+    if attributes is not None:
+        return (type(value), _likeness(dict(attributes), depth - 1))
+    value = frozenset(value) if isinstance(value, set) else value
+    try:
+        hash(value)
+    except TypeError:
+        return type(value)
+    return (type(value), value)
+
+
+def _closed_over(function: types.FunctionType) -> list[Any]:
+    """Return the values a function finds around its definition, if all of them are there."""
+    with suppress(ValueError):
+        return [cell.cell_contents for cell in function.__closure__ or ()]
+    return []
 
 
 def block_kind(recorder: Recorder, frame: Frame) -> Hashable:

@@ -16,7 +16,7 @@ from diffcr_surgery._shards import is_sharded
 from diffcr_surgery._tree import is_dataclass_value, map_leaves
 from diffcr_surgery.errors import TraceError
 from diffcr_surgery.trace.blocks import refs_of
-from diffcr_surgery.trace.recorder import Effect, Frame, FunctionEvent, Recorder, Ref, function_name
+from diffcr_surgery.trace.recorder import Effect, Frame, FunctionEvent, Recorder, Ref, function_name, has_hooks
 
 __all__ = ["BuiltGraph", "StaleRecordingError", "build", "build_flow", "expect"]
 
@@ -44,9 +44,20 @@ class StaleRecordingError(Exception):
 
 def expect(value: Any, recorded: Any) -> None:
     """Guard node: stop the run if a value read out of a tensor is not the recorded one."""
-    same = value == recorded
-    if not (same if isinstance(same, bool) else bool(getattr(same, "all", lambda: same)())):
+    if not _same(value, recorded):
         raise StaleRecordingError(f"recorded {recorded!r}, now {value!r}")
+
+
+def _same(value: Any, recorded: Any) -> bool:
+    """Tell whether two values, or lists or arrays of them, are equal; NaN, which is unlike itself, is as good as another."""
+    same = value == recorded
+    if same if isinstance(same, bool) else bool(getattr(same, "all", lambda: same)()):
+        return True
+    if type(value).__module__ == "numpy":
+        value, recorded = value.tolist(), recorded.tolist()
+    if isinstance(value, (list, tuple)):
+        return len(value) == len(recorded) and all(map(_same, value, recorded))
+    return bool(value != value and recorded != recorded)
 
 
 @dataclass
@@ -180,9 +191,19 @@ class _Builder:
                 if any(isinstance(inner, FunctionEvent) and self._sized_by_content(inner) for inner in event.walk()):
                     self._expect_shapes(event.output)
             else:
+                self._refuse_hooks(event)
                 self.emit(event)
                 if self.flow:
                     self._close(event)
+
+    def _refuse_hooks(self, frame: Frame) -> None:
+        if not self.flow and has_hooks(frame.module):
+            called = (inner.path for inner in frame.walk() if isinstance(inner, Frame) and id(inner.module) in self.leaves)
+            raise TraceError(
+                f"There is a hook on {frame.path!r} ({type(frame.module).__name__}), which holds blocks; the graph calls those and not the "
+                f"module around them, so the hook would never run. Put it on a module that is called, such as {next(called, 'a block')!r}, "
+                "or on the model itself, or take it off."
+            )
 
     def _close(self, frame: Frame) -> None:
         """Let an output of a module that no logged function made (a custom kernel's) stem from all the module was given."""
@@ -202,6 +223,13 @@ class _Builder:
             raise TraceError(
                 f"{what} runs under another autocast state than the model itself ({event.autocast} inside, {self.root.autocast} outside). "
                 "Move the autocast region into a submodule, which is kept whole, or run the whole model under autocast."
+            )
+        if event.inside is not None:
+            name = f"{event.inside.__module__}.{event.inside.__qualname__}"
+            raise TraceError(
+                f"{what} runs inside the forward of {name}, a custom autograd function, and a recording cannot tell what its backward does "
+                "with it. Call the function in a submodule, which is kept whole; if it is there for gradient checkpointing, use "
+                "torch.utils.checkpoint with use_reentrant=False instead."
             )
         if event.grad != self.grad:
             self.graph.call_function(torch._C._set_grad_enabled, (event.grad,))

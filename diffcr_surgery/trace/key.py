@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 
-from diffcr_surgery._tree import bind, flatten, freeze
+from diffcr_surgery._tree import Leaf, bind, flatten, freeze, map_leaves, plain
 from diffcr_surgery.errors import TraceError
-from diffcr_surgery.trace.recorder import autocast_state
+from diffcr_surgery.trace.recorder import autocast_state, has_hooks
 
-__all__ = ["Call", "ModelState", "bind_call", "example_call", "input_key", "model_device"]
+__all__ = [
+    "Call",
+    "ModelState",
+    "bind_call",
+    "check_arguments",
+    "copies",
+    "device_of",
+    "example_call",
+    "input_key",
+    "model_device",
+    "settings",
+]
+
+_NO_SETTINGS = frozenset(vars(torch.nn.Module())) - {"training"}  # what torch keeps in every module
 
 
 @dataclass(frozen=True)
@@ -35,6 +50,12 @@ class Call:
     paths: list[str]
     tensors: list[torch.Tensor]
     template: Any
+
+    def on(self, tensors: list[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return args and kwargs with other tensors, in containers of their own, which a forward may pop from."""
+        other = {id(old): new for old, new in zip(self.tensors, tensors, strict=True)}
+        swapped: tuple[tuple[Any, ...], dict[str, Any]] = map_leaves((self.args, self.kwargs), lambda _, leaf: other.get(id(leaf), leaf))
+        return swapped
 
 
 def bind_call(forward: Callable[..., Any] | inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -68,7 +89,7 @@ def example_call(forward: Callable[..., Any], example_inputs: Any) -> Call:
     if isinstance(example_inputs, torch.Tensor):
         example_inputs = (example_inputs,)
     if isinstance(example_inputs, dict):
-        call = bind_call(forward, (), example_inputs)
+        call = bind_call(forward, *_by_position(inspect.signature(forward), example_inputs))
     elif isinstance(example_inputs, (tuple, list)):
         call = bind_call(forward, tuple(example_inputs), {})
     else:
@@ -81,38 +102,111 @@ def example_call(forward: Callable[..., Any], example_inputs: Any) -> Call:
     return call
 
 
+def _by_position(signature: inspect.Signature, arguments: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Split arguments given by name, as ``capture_inputs`` notes them: what has no keyword (``*args``, ``x, /``) goes by position."""
+    keyless = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
+    parameters = signature.parameters.values()
+    if not any(p.kind in keyless for p in parameters):
+        return (), arguments
+    named = {p.name: arguments[p.name] for p in parameters if p.name in arguments and p.kind is not p.VAR_KEYWORD}
+    bound = inspect.BoundArguments(signature, OrderedDict(named))
+    return bound.args, bound.kwargs | {name: value for name, value in arguments.items() if name not in named}
+
+
+def copies(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return copies that a forward may write into: alike in strides and gradients, and one where a tensor stands twice."""
+    made: dict[int, torch.Tensor] = {}
+    for tensor in tensors:
+        if id(tensor) not in made:
+            source = tensor.detach()
+            if tensor.is_leaf:
+                made[id(tensor)] = _copy(source).requires_grad_(tensor.requires_grad)
+            else:  # no forward writes into a leaf that requires gradients, so what is none must not become one
+                with torch.enable_grad():
+                    made[id(tensor)] = _copy(source.requires_grad_(tensor.requires_grad))
+    return [made[id(tensor)] for tensor in tensors]
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    copy = tensor.clone()
+    if tensor.layout is not torch.strided or copy.stride() == tensor.stride():
+        return copy
+    span = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((span,), (1,)).clone().as_strided(tensor.shape, tensor.stride())
+
+
+def check_arguments(call: Call) -> None:
+    """Refuse argument objects that hide tensors, since nothing would see it if one were exchanged.
+
+    Raises:
+        TraceError: If there is one; it names the argument.
+    """
+
+    def visit(path: str, leaf: Any) -> None:
+        if not isinstance(leaf, Leaf) and _hides_tensor(leaf, set()):
+            name = f"{type(leaf).__module__}.{type(leaf).__qualname__}"
+            raise TraceError(
+                f"The argument {path!r} is a {name}, an object that holds a tensor in its attributes. A recording cannot follow it there; "
+                "give the tensor as an argument of its own, or in a tuple, list, dict or dataclass."
+            )
+
+    map_leaves(call.template, visit)
+
+
+def _hides_tensor(value: Any, seen: set[int]) -> bool:
+    if isinstance(value, torch.Tensor):
+        return True
+    if id(value) in seen or isinstance(value, (type, FunctionType, ModuleType, torch.nn.Module)):
+        return False  # the weights of a module are its own, and followed
+    seen.add(id(value))
+    if isinstance(value, (tuple, list)):
+        held: Iterable[Any] = value
+    else:
+        held = value.values() if isinstance(value, Mapping) else getattr(value, "__dict__", {}).values()
+    return any(_hides_tensor(each, seen) for each in held)
+
+
 def input_key(call: Call) -> Hashable:
-    """Return what a recording depends on in its inputs: structure, plain values, shapes, dtypes, devices, aliasing, modes."""
+    """Return what a recording depends on in its inputs: structure, plain values, shapes, dtypes, devices, gradients, aliasing, modes."""
     first: dict[int, int] = {}
     layouts = tuple(
-        (path, tensor.shape, tensor.dtype, tensor.device, first.setdefault(id(tensor), index))
+        (path, tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad, first.setdefault(id(tensor), index))
         for index, (path, tensor) in enumerate(zip(call.paths, call.tensors, strict=True))
     )
-    device = call.tensors[0].device.type if call.tensors else "cpu"
+    device = device_of(call.tensors).type
     return (freeze(call.template), layouts, torch.is_grad_enabled(), autocast_state(device), torch.backends.mha.get_fastpath_enabled())
 
 
 class ModelState:
     """The part of a model's state that its recorded forward may have read without a trace.
 
-    These are the plain attributes (``training``, ``gradient_checkpointing``, ...) of the modules whose forward the graph replaced, and the
-    dtype and device of the first parameter of every leaf.
+    These are the plain attributes (``training``, ``gradient_checkpointing``, ...) of the modules whose forward the graph replaced, small
+    containers of plain values among them, and the dtype and device of the first parameter of every leaf.
     """
 
     def __init__(self, inlined: Iterable[torch.nn.Module], leaves: Iterable[torch.nn.Module]) -> None:
         self._inlined = list(inlined)
         self._leaves = list(leaves)
 
-    def key(self) -> Hashable:
+    def key(self) -> tuple[tuple[tuple[int, str, Hashable], ...], Hashable]:
         """Return the present state as a hashable value."""
-        attributes = tuple(
-            (name, value)
-            for module in self._inlined
-            for name, value in vars(module).items()
-            if type(value) in (bool, int, float, str, type(None)) and (name == "training" or not name.startswith("_"))
-        )
+        attributes = tuple((number, name, key) for number, module in enumerate(self._inlined) for name, key in settings(module))
         first = map(_first_parameter, self._leaves)
-        return attributes, tuple((p.dtype, p.device) for p in first if p is not None)
+        hooks = tuple(map(has_hooks, self._inlined[1:]))  # the first is the model itself, whose hooks run around the graph
+        return attributes, (hooks, tuple((p.dtype, p.device) for p in first if p is not None))
+
+    def changed(self, since: tuple[tuple[int, str, Hashable], ...]) -> list[str]:
+        """Return the names of the attributes that are others than in the first part of an earlier key."""
+        return sorted({f"{type(self._inlined[number]).__name__}.{name}" for number, name, _ in set(since) ^ set(self.key()[0])})
+
+
+def settings(module: torch.nn.Module) -> Iterator[tuple[str, Hashable]]:
+    """Yield name and key of a module's own attributes that are plain values or small containers of nothing else."""
+    for name, value in vars(module).items():
+        if name not in _NO_SETTINGS:
+            key = plain(value)
+            if key is not None:
+                yield name, key
 
 
 def _first_parameter(module: torch.nn.Module) -> torch.nn.Parameter | None:
@@ -127,8 +221,13 @@ def _first_parameter(module: torch.nn.Module) -> torch.nn.Parameter | None:
     return None
 
 
+def device_of(tensors: Iterable[torch.Tensor]) -> torch.device:
+    """Return the device that is computed on with these tensors: the first that is not the CPU, where a stray mask or timestep may be."""
+    devices = (tensor.device for tensor in tensors)
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+
+
 def model_device(model: torch.nn.Module, tensors: Iterable[torch.Tensor]) -> torch.device:
-    """Return the device a model computes on: its first input's, else its first parameter's."""
-    first = next(iter(tensors), None)
-    first = _first_parameter(model) if first is None else first
-    return torch.device("cpu") if first is None else first.device
+    """Return the device a model computes on, judged by its inputs and its first parameter."""
+    first = _first_parameter(model)
+    return device_of([*tensors, *([] if first is None else [first])])

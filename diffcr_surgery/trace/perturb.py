@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-__all__ = ["generator", "perturb_floats", "perturb_inputs", "shake", "tame"]
+__all__ = ["generator", "normal", "perturb_floats", "perturb_inputs", "shake", "tame"]
 
 HUGE = 1e4  # larger entries overflow somewhere in a model, in half precision at the latest
 
@@ -14,8 +16,13 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def normal(shape: Sequence[int], source: torch.Generator) -> torch.Tensor:
+    """Draw from the normal distribution, in single precision on the CPU, whatever torch's defaults are set to."""
+    return torch.randn(shape, generator=source, dtype=torch.float32, device="cpu")
+
+
 def _uniform(shape: torch.Size, source: torch.Generator, device: torch.device) -> torch.Tensor:
-    return torch.rand(shape, generator=source).to(device)
+    return torch.rand(shape, generator=source, dtype=torch.float32, device="cpu").to(device)
 
 
 def perturb_floats(tensor: torch.Tensor, source: torch.Generator) -> torch.Tensor:
@@ -34,7 +41,7 @@ def shake(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor that differs from ``tensor`` in every floating-point entry, zeros included."""
     if not tensor.is_floating_point():
         return perturb_integers(tensor, generator(0)) if tensor.dtype not in (torch.bool, torch.uint8) else ~tensor
-    noise = torch.randn(tensor.shape, generator=generator(0)).to(tensor.device, tensor.dtype)
+    noise = normal(tensor.shape, generator(0)).to(tensor.device, tensor.dtype)
     return tensor.detach() + noise.where(noise != 0, torch.ones_like(noise))
 
 

@@ -7,17 +7,21 @@ did is what was logged. Tensors are held by weak reference and number, never by 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
 import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
+import torch.utils.hooks
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 
 from diffcr_surgery._tree import Leaf, map_leaves
 
@@ -30,11 +34,14 @@ __all__ = [
     "Ref",
     "autocast_state",
     "function_name",
+    "has_hooks",
     "rng_state",
 ]
 
 
 MAX_INDEX = 1 << 20  # entries of an index tensor whose content is remembered
+_TRANSPARENT = (torch.utils.checkpoint.__file__, torch.utils.hooks.__file__)  # custom functions of torch that pass gradients on as they are
+_SWITCHES = (__file__, torch.autograd.grad_mode.__file__)  # code between a forward and the switch of gradients it asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +78,7 @@ class FunctionEvent:
     effect: str
     grad: bool
     autocast: tuple[Any, ...]
+    inside: type | None = None  # the custom autograd function whose forward made the call
 
 
 @dataclasses.dataclass
@@ -83,6 +91,7 @@ class Frame:
     kwargs: dict[str, Any]
     grad: bool
     autocast: tuple[Any, ...]
+    inside: type | None = None
     checkpointed: bool = False
     random: bool = False
     output: Any = None
@@ -101,8 +110,8 @@ _METADATA = frozenset(
     """
     shape dtype device layout ndim names requires_grad is_leaf grad_fn grad output_nr is_cuda is_cpu is_meta
     is_mps is_xpu is_xla is_sparse is_sparse_csr is_quantized is_nested is_mkldnn is_mtia is_ipu is_maia is_vulkan
-    is_hpu itemsize nbytes _version retains_grad size dim ndimension numel nelement stride storage_offset
-    element_size is_contiguous is_floating_point is_complex is_signed is_conj is_neg is_inference get_device type
+    is_hpu itemsize nbytes _version retains_grad size dim ndimension numel nelement
+    element_size is_floating_point is_complex is_signed is_conj is_neg is_inference get_device
     is_same_size result_type can_cast is_tensor __len__ has_names is_pinned is_shared is_coalesced data_ptr
     __repr__ __str__ __format__ __hash__ broadcast_shapes _is_view _base is_storage untyped_storage storage
     __dir__ __class__ _has_compatible_shallow_copy_type __deepcopy__ register_hook requires_grad_ _is_all_true
@@ -149,6 +158,7 @@ class Recorder(TorchFunctionMode):
         self._modules = [module for module in model.modules() if module is not model]
         self._stack: list[Frame] = []
         self._starts: list[tuple[torch.Tensor, ...]] = []
+        self._grad = False  # whether gradients are on outside custom autograd functions
 
     # --- numbering -----------------------------------------------------------------------------------------------
     def number(self, tensor: torch.Tensor) -> int:
@@ -186,13 +196,21 @@ class Recorder(TorchFunctionMode):
     def _mark(self, tree: Any) -> None:
         map_leaves(tree, lambda _, leaf: self.dynamic.add(leaf.value) if isinstance(leaf, Ref) else None)
 
+    def _mark_shared(self, written: list[torch.Tensor]) -> None:
+        """Mark what was written into, and every view of it and tensor it is a view of."""
+        with torch._C.DisableTorchFunctionSubclass():
+            storages = {_storage(tensor) for tensor in written} - {None}
+            alive = ((reference(), value) for reference, value in self._numbers.values())
+            self.dynamic.update(value for tensor, value in alive if tensor is not None and _storage(tensor) in storages)
+
     # --- the run -------------------------------------------------------------------------------------------------
     def record(self, forward: Callable[..., Any], model: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Frame, Any]:
         """Run ``forward(*args, **kwargs)`` once and return its root frame and what it returned."""
         with self._hooks():
             refs = self._refer((args, kwargs))
             self._mark(refs)
-            root = Frame(model, "", refs[0], refs[1], grad=torch.is_grad_enabled(), autocast=autocast_state(self.device.type))
+            self._grad = torch.is_grad_enabled()
+            root = Frame(model, "", refs[0], refs[1], grad=self._grad, autocast=autocast_state(self.device.type))
             self._stack.append(root)
             with self:
                 output = forward(*args, **kwargs)
@@ -218,8 +236,9 @@ class Recorder(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             refs = self._refer((args, kwargs))
             state = autocast_state(self.device.type)
-            frame = Frame(module, self._paths[id(module)], refs[0], refs[1], grad=torch.is_grad_enabled(), autocast=state)
-            frame.checkpointed = frame.grad and _inside_checkpoint()
+            grad, inside = self._gradients()
+            frame = Frame(module, self._paths[id(module)], refs[0], refs[1], grad=grad, autocast=state, inside=inside)
+            frame.checkpointed = grad and any(code.co_filename == torch.utils.checkpoint.__file__ for code in _callers())
             self._stack[-1].events.append(frame)
             self._stack.append(frame)
             self._starts.append(rng_state(self.device))
@@ -241,7 +260,10 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():  # flex attention compiles itself, and would compile the recorder with it
             return func(*args, **kwargs)
+        if func is torch._C._set_grad_enabled:
+            return self._switch(*args)
         before = self._refer((args, kwargs))  # numbers as of before the call: an in-place write changes them
+        grad, inside = self._gradients()
         output = func(*args, **kwargs)
         effect = _effect(func, args, kwargs, output)
         if effect is None:
@@ -250,18 +272,63 @@ class Recorder(TorchFunctionMode):
         logged = self._mint(output) if effect != Effect.READS else output
         if dynamic or _draws(func):
             self._mark(logged)
+        if effect == Effect.WRITES:
+            self._mark_shared(_tensors((args[:1], kwargs.get("input")) if kwargs.get("out") is None else kwargs["out"]))
         if effect == Effect.READS and not dynamic:
             return output  # what stems from constants alone reads the same in every call
         state = autocast_state(self.device.type)
-        event = FunctionEvent(func, before[0], before[1], output=logged, effect=effect, grad=torch.is_grad_enabled(), autocast=state)
+        event = FunctionEvent(func, before[0], before[1], output=logged, effect=effect, grad=grad, autocast=state, inside=inside)
         self._stack[-1].events.append(event)
         return output
+
+    def _gradients(self) -> tuple[bool, type | None]:
+        """Return whether the backward pass will see what is done now, and the custom autograd function that hides it if one does.
+
+        Its forward runs with gradients off, whatever its backward does. What a reentrant checkpoint runs is run again with them.
+        """
+        grad = torch.is_grad_enabled()
+        self._grad |= grad
+        if grad or not self._grad:
+            return grad, None
+        around = _custom_functions()
+        if not around and torch.is_inference_mode_enabled():
+            return False, None
+        if not around and not any(code.co_filename in _TRANSPARENT for code in _callers()):
+            return False, torch.autograd.Function  # after the forward of one: torch makes a view of an input that it returned
+        hiding = next((function for function in around if function is not CheckpointFunction), None)
+        return hiding is None, hiding
+
+    def _switch(self, mode: bool) -> None:
+        """Switch gradients on or off, as the model asked to."""
+        around = _custom_functions() if self._grad and not torch.is_grad_enabled() else []
+        torch._C._set_grad_enabled(mode)
+        if not around:
+            self._grad = mode
+        elif next(code for code in _callers() if code.co_filename not in _SWITCHES) is not CheckpointFunction.forward.__code__:
+            # Off before and off after: what the second run of a checkpoint leaves out of the backward pass cannot be told from here.
+            state, call = autocast_state(self.device.type), torch._C._set_grad_enabled
+            event = FunctionEvent(call, (mode,), {}, None, effect=Effect.MAKES, grad=True, autocast=state, inside=around[0])
+            self._stack[-1].events.append(event)
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Tell whether a hook other than a recorder's own is on ``module``, for its forward or its backward."""
+    kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(not isinstance(getattr(hook, "__self__", None), Recorder) for hooks in kinds for hook in list(hooks.values()))
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     map_leaves(tree, lambda _, leaf: found.append(leaf) if isinstance(leaf, torch.Tensor) else None)
     return found
+
+
+def _storage(tensor: torch.Tensor) -> int | None:
+    """Return the address of what holds a tensor's entries: one for all its views, none for a sparse one."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 def _effect(function: Any, args: Any, kwargs: dict[str, Any], output: Any) -> str | None:
@@ -274,8 +341,9 @@ def _effect(function: Any, args: Any, kwargs: dict[str, Any], output: Any) -> st
     if not made:
         return Effect.READS if _tensors((args, kwargs)) else None
     given = {id(tensor) for tensor in _tensors((args, kwargs))}
-    # A call that hands its input back (`x.to(x.dtype)`) does nothing under the same key.
-    return None if len(made) == 1 and id(made[0]) in given else Effect.MAKES
+    # A call that hands its input back (`x.to(x.dtype)`) does nothing under the same key; but strides are not in it.
+    same = len(made) == 1 and id(made[0]) in given and name != "contiguous" and "memory_format" not in kwargs
+    return None if same else Effect.MAKES
 
 
 def _writes(function: Any, name: str, kwargs: dict[str, Any]) -> bool:
@@ -291,11 +359,27 @@ def _draws(function: Any) -> bool:
     return name.startswith(("rand", "normal", "bernoulli", "multinomial", "poisson")) or "dropout" in name
 
 
-def _inside_checkpoint() -> bool:
-    here: types.FrameType | None = sys._getframe()
-    checkpoint = torch.utils.checkpoint.__file__
+def _callers() -> list[types.CodeType]:
+    """Return the code of all that runs between the recorded forward and here, the innermost first."""
+    found: list[types.CodeType] = []
+    here: types.FrameType | None = sys._getframe(1)
     while here is not None and here.f_code is not Recorder.record.__code__:
-        if here.f_code.co_filename == checkpoint:
-            return True
+        found.append(here.f_code)
         here = here.f_back
-    return False
+    return found
+
+
+def _custom_functions() -> list[type]:
+    """Return the custom autograd functions whose forward is running, the innermost first."""
+    return [function for code in _callers() if (function := _function_of(code)) is not None]
+
+
+@lru_cache(maxsize=1 << 12)
+def _function_of(code: types.CodeType) -> type | None:
+    """Return the custom autograd function that has ``code`` for its forward."""
+    classes = torch.autograd.Function.__subclasses__()
+    for each in classes:
+        if getattr(inspect.unwrap(each.forward), "__code__", None) is code:
+            return each
+        classes += each.__subclasses__()
+    return None

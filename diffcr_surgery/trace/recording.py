@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import fx
 
-from diffcr_surgery._tree import fill, flatten, map_leaves
-from diffcr_surgery.caches import uncached
+from diffcr_surgery._tree import fill, flatten
 from diffcr_surgery.errors import TraceError
 from diffcr_surgery.trace.blocks import block_candidates, block_kind
 from diffcr_surgery.trace.builder import BuiltGraph, StaleRecordingError, build, build_flow, expect
-from diffcr_surgery.trace.key import Call, ModelState, input_key, model_device
-from diffcr_surgery.trace.perturb import perturb_inputs, tame
+from diffcr_surgery.trace.key import Call, ModelState, check_arguments, copies, input_key, model_device
 from diffcr_surgery.trace.recorder import Frame, Recorder, rng_state
+from diffcr_surgery.trace.reference import OUT_OF_MEMORY, BlockSample, Place, Reference, perturbed_run, reference_run, run_call
+from diffcr_surgery.trace.undisturbed import Rewind, equal, foreign_random, own_modules, set_rng_state, undisturbed
 
 __all__ = [
     "OUT_OF_MEMORY",
@@ -31,23 +31,14 @@ __all__ = [
     "compile_graph",
     "record",
     "run_call",
+    "set_rng_state",
     "undisturbed",
 ]
 
 MAX_RECORDINGS = 64
 MAX_VARIANTS = 16
-OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)  # it tells of the machine and not of the model, so no trial may take it for an answer
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class BlockSample:
-    """Arguments a block was really called with; the raw material of the permutation proof."""
-
-    module: torch.nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -106,6 +97,7 @@ class Recording:
         flow: The same run with all modules but blocks spread out; dropped once the proof is done.
         held: Constants that a module keeps in an attribute, a cache of its own, and may exchange.
         pinned: Input number -> the content it must have, where that says which tokens stem from the latent.
+        ran: Paths of all modules that were called.
     """
 
     graph: fx.Graph
@@ -119,6 +111,7 @@ class Recording:
     flow: Flow | None = None
     pinned: dict[int, torch.Tensor] = field(default_factory=dict)
     held: list[Held] = field(default_factory=list)
+    ran: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         self._run = compile_graph(self.graph)
@@ -237,60 +230,26 @@ class Recordings:
             self._entries.popitem(last=False)
 
 
-def set_rng_state(states: tuple[torch.Tensor, ...], device: torch.device) -> None:
-    """Put back what :func:`rng_state` returned."""
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)
-
-
-@contextmanager
-def undisturbed(model: torch.nn.Module, device: torch.device) -> Iterator[Callable[[], None]]:
-    """Restore random state and buffers at the end; the yielded function restores them in between. Caches stand aside."""
-    start = rng_state(device)
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-
-    def rewind() -> None:
-        set_rng_state(start, device)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                if not _same(buffer, value):
-                    buffer.copy_(value)
-
-    try:
-        with uncached(model):
-            yield rewind
-    finally:
-        rewind()
-
-
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    if torch.equal(one, other):
-        return True
-    return one.is_floating_point() and bool(((one == other) | (one.isnan() & other.isnan())).all())
-
-
 def record(model: torch.nn.Module, call: Call, forward: Callable[..., Any]) -> Recording:
     """Record ``forward`` on ``call`` and verify the recording on other inputs of the same shapes.
 
-    Costs three forwards: the recorded one, one on perturbed inputs, and the graph's answer to the same. Random state and
-    buffers are as before afterwards.
+    Costs three forwards: the recorded one, one on perturbed inputs, and the graph's answer to the same. All run on copies of the inputs.
+    Random states, buffers and plain attributes are as before afterwards.
 
     Raises:
         TraceError: If the recording does not reproduce the model.
     """
+    check_arguments(call)
     device = model_device(model, call.tensors)
     with undisturbed(model, device) as rewind:
-        recorder = Recorder(model, device)
-        args, kwargs = map_leaves((call.args, call.kwargs), lambda _, leaf: leaf)  # containers of its own: a forward may pop from them
+        recorder, tensors = Recorder(model, device), copies(call.tensors)
+        args, kwargs = call.on(tensors)
+        inputs = list(zip(call.paths, tensors, strict=True))
         root, output = recorder.record(forward, model, args, kwargs)
         _, _, template = flatten(output)
         del output
-        rewind()
         blocks = block_candidates(recorder, root)
-        built = build(recorder, root, list(zip(call.paths, call.tensors, strict=True)), template, blocks)
+        built = build(recorder, root, inputs, template, blocks)
         calls = {
             node: BlockCall(
                 frame.path, frame.module, block_kind(recorder, frame), frame.checkpointed, frame.random, blocks[id(frame.module)]
@@ -300,15 +259,29 @@ def record(model: torch.nn.Module, call: Call, forward: Callable[..., Any]) -> R
         }
         leaves = {id(frame.module): frame.module for frame in built.frames.values()}
         covered = {id(inner) for leaf in leaves.values() for inner in leaf.modules()}
-        own = ((name, module) for name, module in model.named_modules() if name.split(".")[0] != "diffcr")  # which its forward never reads
-        inlined = [module for _, module in own if id(module) not in covered]
+        inlined = [module for module in own_modules(model).values() if id(module) not in covered]
         state = ModelState(inlined, leaves.values())
-        flow = _flow(recorder, root, call, blocks, built)
+        flow = _flow(recorder, root, inputs, blocks, built)
         recording = Recording(built.graph, built.constants, built.output, calls, state, state.key(), flow=flow)
         recording.held = _held(model, built.constants)
-        del recorder, root
-        _verify(recording, model, call, forward, rewind)
+        recording.ran = frozenset(event.path for event in root.walk() if isinstance(event, Frame))
+        places = _places(root, recording.blocks, built.frames)
+        del recorder, root, args, kwargs, tensors, inputs
+        _verify(recording, model, call, forward, partial(rewind, frozenset(map(id, inlined))), places)
+        rewind()
+        recording.state_key = state.key()
     return recording
+
+
+def _places(root: Frame, blocks: dict[fx.Node, BlockCall], frames: dict[fx.Node, Frame]) -> dict[Hashable, Place]:
+    """Return one call of each kind of block."""
+    before: Counter[torch.nn.Module] = Counter()
+    places: dict[int, Place] = {}
+    for event in root.walk():
+        if isinstance(event, Frame):
+            places[id(event)] = (event.module, before[event.module])
+            before[event.module] += 1
+    return {block.kind: places[id(frames[node])] for node, block in reversed(blocks.items())}
 
 
 def _held(model: torch.nn.Module, constants: list[Any]) -> list[Held]:
@@ -321,34 +294,42 @@ def _held(model: torch.nn.Module, constants: list[Any]) -> list[Held]:
     return [Held(owner, key, value) for owner, (key, value) in items if id(value) in wanted]
 
 
-def _flow(recorder: Recorder, root: Frame, call: Call, blocks: Collection[int], built: BuiltGraph) -> Flow:
-    flow = build_flow(recorder, root, list(zip(call.paths, call.tensors, strict=True)), blocks)
+def _flow(recorder: Recorder, root: Frame, inputs: list[tuple[str, torch.Tensor]], blocks: Collection[int], built: BuiltGraph) -> Flow:
+    flow = build_flow(recorder, root, inputs, blocks)
     nodes = {id(frame): node for node, frame in built.frames.items()}
     return Flow(flow.graph, {node: nodes[id(frame)] for node, frame in flow.frames.items()})
 
 
-def _verify(recording: Recording, model: torch.nn.Module, call: Call, forward: Callable[..., Any], rewind: Callable[[], None]) -> None:
-    representatives = {block.kind: block for block in reversed(recording.blocks.values())}
-    with _sampling(recording, representatives):
-        tensors, expected = _reference(call, forward, rewind)
+def _verify(
+    recording: Recording, model: torch.nn.Module, call: Call, forward: Callable[..., Any], rewind: Rewind, places: dict[Hashable, Place]
+) -> None:
+    """Compare the recording with the model, whose own modules are left as the recorded run left them.
+
+    So what a first run does, or each run does anew, shows as a difference.
+    """
+    settled = recording.state.key()[0]
+    reference = perturbed_run(call, forward, rewind, places)
+    given = copies(reference.tensors)
     rewind()
     try:
-        actual = recording.run(model, tensors)
+        actual = recording.run(model, given)
     except StaleRecordingError:  # a guard saw the difference, as it should; what is left to check is the recorded call itself
         rewind()
-        tensors = call.tensors
-        expected = run_call(call, tensors, forward)
+        reference = reference_run(call, call.tensors, forward, places)
+        given = copies(reference.tensors)
         rewind()
         try:
-            actual = recording.run(model, tensors)
+            actual = recording.run(model, given)
         except StaleRecordingError as change:
             raise TraceError(
                 f"{type(model).__name__} reads a value out of a tensor that differs between two runs on the same inputs ({change}); such a "
                 "model cannot be recorded. Move that part into a submodule, which is kept whole."
             ) from None
-    _, wanted, _ = flatten(expected)
-    _, got, _ = flatten(actual)
-    if len(wanted) == len(got) and all(map(_same, wanted, got)):
+    recording.samples = reference.samples
+    _check_effects(recording, model, call, reference, settled)
+    _, wanted, _ = flatten((reference.output, reference.left))
+    _, got, _ = flatten((actual, given))
+    if len(wanted) == len(got) and all(map(equal, wanted, got)):
         return
     pairs = [(a.detach(), b.detach()) for a, b in zip(wanted, got, strict=False) if a.shape == b.shape and a.is_floating_point()]
     gaps = [float((a - b).abs().max()) for a, b in pairs]
@@ -357,6 +338,32 @@ def _verify(recording: Recording, model: torch.nn.Module, call: Call, forward: C
         f"{_suspects(recording)}{_fast_path(model)}Something in its forward escapes the recording: a tensor taken from a cache, a side "
         "effect on modules, or an input read outside torch. Move that part into a submodule, which is kept whole."
     )
+
+
+def _check_effects(
+    recording: Recording, model: torch.nn.Module, call: Call, reference: Reference, settled: tuple[tuple[int, str, Hashable], ...]
+) -> None:
+    """Refuse what a run of the model does, and a run of its graph would not do or not undo."""
+    name = type(model).__name__
+    changing = recording.state.changed(settled)
+    if changing:
+        raise TraceError(
+            f"The forward of {name} sets {', '.join(changing)} anew in every run, as a counter does, and a recording runs no such Python "
+            "code. Set it outside of forward, or move that part into a submodule, which is kept whole."
+        )
+    now = foreign_random()
+    drawn = [module for module, state in reference.random.items() if now.get(module, state) != state]
+    if drawn:
+        raise TraceError(
+            f"The forward of {name} draws from {' and '.join(drawn)}, and a recording would repeat what was drawn once. Draw with "
+            "torch.rand, or move that part into a submodule, which is kept whole."
+        )
+    written = [path for path, old, new in zip(call.paths, reference.tensors, reference.left, strict=True) if not equal(old, new)]
+    if written and recording.guarded:
+        raise TraceError(
+            f"The forward of {name} writes into its input {written[0]!r} and lets Python read values out of tensors. Were another value "
+            "read in a later call, the model would have to run again on an input that is overwritten. Let it work on a clone of that input."
+        )
 
 
 def _fast_path(model: torch.nn.Module) -> str:
@@ -372,55 +379,3 @@ def _suspects(recording: Recording) -> str:
     names = [str(n) for n in recording.graph.nodes if n.op == "placeholder" and n.name.startswith(("constant_", "object_"))]
     readers = {name: [str(user) for node in recording.graph.nodes if node.name == name for user in node.users] for name in names}
     return f"It baked in the constants {readers} (name: readers). " if readers else ""
-
-
-def _reference(call: Call, forward: Callable[..., Any], rewind: Callable[[], None]) -> tuple[list[torch.Tensor], Any]:
-    """Run the model on perturbed inputs; fewer are perturbed if it cannot take them, and broken numbers taken out if no output is sound."""
-    for integers, given in ((True, call.tensors), (False, call.tensors), (False, list(map(tame, call.tensors)))):
-        tensors = perturb_inputs(given, integers=integers)
-        try:
-            output = run_call(call, tensors, forward)
-            if _finite(output):
-                return tensors, output
-        except OUT_OF_MEMORY:
-            raise
-        except Exception:  # a model may refuse any input by any error; the unperturbed ones are known to work
-            pass
-        rewind()
-    return call.tensors, run_call(call, call.tensors, forward)
-
-
-def _finite(output: Any) -> bool:
-    """Tell whether a run made sense: a text mask perturbed to all zeros, say, makes attention divide by zero."""
-    return all(bool(t.isfinite().all()) for t in flatten(output)[1] if t.is_floating_point())
-
-
-def run_call(call: Call, tensors: list[torch.Tensor], forward: Callable[..., Any]) -> Any:
-    """Call ``forward`` as in ``call``, on other input tensors."""
-    other = {id(old): new for old, new in zip(call.tensors, tensors, strict=True)}
-    swap = lambda _, leaf: other.get(id(leaf), leaf)  # noqa: E731
-    args, kwargs = map_leaves((call.args, call.kwargs), swap)
-    return forward(*args, **kwargs)
-
-
-@contextmanager
-def _sampling(recording: Recording, representatives: dict[Hashable, BlockCall]) -> Iterator[None]:
-    """Keep the arguments of the first call of each representative block while the body runs."""
-    thread = threading.get_ident()
-
-    def keep(kind: Hashable) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, args: Any, kwargs: Any = None) -> None:  # another thread may come by while it is being put on
-            if threading.get_ident() == thread:
-                copy = lambda _, leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf  # noqa: E731
-                recording.samples[kind] = BlockSample(module, *map_leaves((args, kwargs), copy))
-
-        return hook
-
-    handles = [
-        block.module.register_forward_pre_hook(keep(kind), prepend=True, with_kwargs=True) for kind, block in representatives.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

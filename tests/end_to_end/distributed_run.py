@@ -294,6 +294,21 @@ def average(model: nn.Module) -> bool:
     return moved and back
 
 
+def costs_agree(model: nn.Module, rank: int) -> bool:
+    """Tell whether processes that measured other costs, as latencies are, have the same after the first step, and the same table."""
+    shard(model)
+    with torch.no_grad():
+        model.diffcr.site_costs.mul_(torch.linspace(1.0, 0.5 + 0.5 * rank, model.diffcr.site_costs.shape[1]))
+    optimizer = dcs.RatioOptimizer(model, total_steps=1)
+    model(**inputs(torch.tensor([10, 20, 30, 40]), seed=1)).sample.square().mean().backward()
+    optimizer.step()
+    mine = torch.cat([model.diffcr.site_costs.flatten(), gathered(dcs.ratio_table(model).detach()).flatten()])
+    both = [torch.empty_like(mine) for _ in range(PROCESSES)]
+    distributed.all_gather(both, mine)
+    met = abs(float(model.diffcr.saving()) - model.diffcr.target_saving) < 1e-4
+    return met and all(torch.equal(each, mine) for each in both)
+
+
 def main(out: Path, single: bool) -> None:
     torch.set_num_threads(1)
     rank = 0 if single else int(os.environ["RANK"])
@@ -317,9 +332,11 @@ def main(out: Path, single: bool) -> None:
             (folder / f"of-{rank}").write_text("all of it")
         inner = inner_sharded()
         averaged = average(copy.deepcopy(base["two"]))
+        agree = costs_agree(copy.deepcopy(base["two"]), rank)
         said = refusals(copy.deepcopy(base["two"]))
         if rank == 0:
-            report = {"drawn": [each.tolist() for each in both], "average": averaged, "inner": inner, "refusals": said}
+            report = {"drawn": [each.tolist() for each in both], "average": averaged, "costs_agree": agree}
+            report |= {"inner": inner, "refusals": said}
             (out / "report.json").write_text(json.dumps(report))
         distributed.barrier()
         distributed.destroy_process_group()

@@ -144,6 +144,12 @@ def test_a_file_in_the_place_of_the_folder_is_an_error(tmp_path: Path, capsys: p
     assert f"cannot write to --out {tmp_path / 'taken'}" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder that no one can write to")
+def test_a_folder_that_takes_no_files_is_an_error_before_anything_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--tokens", "16", "--ratio", "0.5", "--out", "/proc"]) == 2
+    assert "cannot write to --out /proc" in capsys.readouterr().err
+
+
 def small_flux() -> torch.nn.Module:
     return FluxTransformer2DModel(
         num_layers=2, num_single_layers=3, num_attention_heads=2, attention_head_dim=16, axes_dims_rope=(4, 6, 6), guidance_embeds=True

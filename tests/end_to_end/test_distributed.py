@@ -101,6 +101,10 @@ def test_one_checkpoint_folder_takes_what_every_process_writes(folder: Path) -> 
     assert not (folder / ".checkpoint").exists()
 
 
+def test_costs_that_each_process_measured_are_those_of_all(report: dict[str, Any]) -> None:
+    assert report["costs_agree"]
+
+
 def test_a_moving_average_of_sharded_weights(report: dict[str, Any]) -> None:
     assert report["average"]
 

@@ -48,6 +48,16 @@ def test_laws_hold_for_drawn_denoisers(law: Callable[..., None], data: st.DataOb
     law(model, data.draw(dt.inputs_for(model)), config, **seed)
 
 
+@pytest.mark.parametrize("law", [dt.check_conversion, dt.check_bypass, dt.check_round_trip, dt.check_specialization])
+@given(data=st.data())
+@drawn
+def test_laws_hold_under_autocast(law: Callable[..., None], data: st.DataObject) -> None:
+    """A stream may then change its precision on the way through a block. (Laws on slopes ask for more than half precision has.)"""
+    model = data.draw(dt.denoisers())
+    with torch.autocast("cpu", torch.bfloat16):
+        law(model, data.draw(dt.inputs_for(model)), data.draw(dt.configs(model)))
+
+
 @given(data=st.data())
 @drawn
 def test_laws_take_converted_models_with_the_ratios_they_have(data: st.DataObject) -> None:

@@ -200,6 +200,88 @@ def test_the_block_is_not_touched():
     assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
 
 
+class Writing(Base):
+    """Adds to an argument in place, by sample or by token."""
+
+    def forward(self, x, other):
+        other += x if other.shape == x.shape else 1
+        return self.finish(x, self.attend(x) + other.mean(1, keepdim=True))
+
+
+class WritingItsStream(Base):
+    def forward(self, skip, x):
+        x += skip
+        return self.finish(x, self.attend(x))
+
+
+@pytest.mark.parametrize("entries", [4, 6], ids=["text", "tokens"])
+def test_a_block_that_writes_into_what_is_not_its_stream_is_refused(entries):
+    found = align(Writing(), rand(2, 6, WIDTH), rand(2, entries, WIDTH))
+    assert not found.routable and "it writes into its arguments ['other']" in found.reason and "clones" in found.reason
+
+
+def test_a_block_may_write_into_its_stream():
+    found = align(WritingItsStream(), rand(2, 6, WIDTH), rand(2, 6, WIDTH), streams=("skip", "x"))
+    assert found.routable and found.stream == "x" and found.overwrites
+
+
+class Drawing(Base):
+    def forward(self, x, **_):
+        return self.finish(x, self.attend(x) + 0 * torch.rand(1))
+
+
+def test_a_block_that_draws_in_its_trials_leaves_the_random_state_alone():
+    model = Denoiser(Architecture(width=WIDTH), 0)
+    model.blocks[0] = Drawing()
+    before = torch.get_rng_state()
+    assert dcs.plan(model, {"latent": rand(2, 5, WIDTH)}).sites[0].routed
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_plan_says_that_a_block_is_no_longer_compiled_by_itself():
+    model = Denoiser(Architecture(depth=2), 0)
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    with torch.compiler.set_stance("force_eager"):
+        first, second = dcs.plan(model, {"latent": rand(2, 5, 4)}).sites
+    assert first.routed and "its own torch.compile is passed by: compile the converted model instead" in first.reason
+    assert "torch.compile" not in second.reason
+
+
+class SharedModulation(Base):
+    """Two rows of modulation that all samples share, next to a condition of each sample's own and a table that makes it run by samples."""
+
+    def forward(self, x, c, rows, table):
+        return self.finish(x, rows[0] * self.attend(x + c[:, None], turn=table)) * rows[1]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_shared_rows_as_many_as_samples_are_not_cut(batch):
+    found = align(SharedModulation(), rand(batch, 6, WIDTH), rand(batch, WIDTH), rand(2, WIDTH), rand(6, WIDTH))
+    assert found.routable and found.aligned == {"x": "b n c", "table": "n c"}
+    assert batch == 1 or (found.axes["c"] == "b c" and "rows" not in found.axes)
+
+
+class Viewing(Base):
+    """Names the number of its tokens; what else is as many is so by chance."""
+
+    def forward(self, x, b, n, heads, parts):
+        y = x.view(b, n, WIDTH).unflatten(-1, (heads, -1)).flatten(-2)
+        return self.finish(x, self.attend(y * parts))
+
+
+class ViewingTwice(Base):
+    def forward(self, x, rows, n, scale):
+        y = x.view(len(x), rows, WIDTH).expand(len(x), n, WIDTH)
+        return self.finish(x, self.attend(y / scale))
+
+
+def test_a_number_the_block_cannot_do_without_follows_its_tokens():
+    found = align(Viewing(), rand(3, 8, WIDTH), 3, 8, 8, 8)
+    assert found.routable and found.aligned == {"x": "b n c", "n": "#n"}
+    found = align(ViewingTwice(), rand(3, 8, WIDTH), 8, 8, 8)
+    assert found.routable and found.aligned == {"x": "b n c", "rows": "#n", "n": "#n"}
+
+
 class TimeFirstRotary(Base):
     """Tokens before batch, with a table that all samples share: each sample is gathered and run by itself."""
 

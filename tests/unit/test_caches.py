@@ -31,6 +31,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 import diffcr_surgery as dcs
 from diffcr_surgery.caches import bare_copy, check_caches, is_quantized, uncached
 from diffcr_surgery.errors import ConversionError
+from diffcr_surgery.testing.denoisers import Architecture, Block, Denoiser
 from tests.end_to_end.test_composition import gap, trained
 from tests.models import CASES, output
 
@@ -322,6 +323,30 @@ def test_a_bare_copy_of_a_block_without_hooks_is_a_plain_copy() -> None:
     block.forward = lambda x: x  # another library's
     twin = bare_copy(block, torch.device("cpu"))
     assert torch.equal(twin.forward(torch.ones(1)), torch.ones(1)) and torch.equal(twin[0].weight, block[0].weight)
+
+
+def test_a_bare_copy_has_what_a_run_left_on_the_block_without_its_graph() -> None:
+    """An attention map, wherever it is kept, or the weight that torch's first weight norm makes of two."""
+    block = nn.Sequential(nn.Linear(4, 4))
+    made = block(torch.ones(2, 4))
+    block.map, block[0].kept = made, {"maps": [made]}
+    twin = bare_copy(block, torch.device("cpu"))
+    assert twin.map is twin[0].kept["maps"][0] and twin.map is not made
+    assert torch.equal(twin.map, made) and not twin.map.requires_grad and made.requires_grad
+
+
+def test_a_block_that_keeps_its_attention_map_is_routed() -> None:
+    class Keeping(Block):
+        def _attend(self, *args: Any) -> Tensor:
+            self.attention = super()._attend(*args)
+            return self.attention
+
+    model = Denoiser(Architecture())
+    model.blocks[0] = Keeping(Architecture())
+    assert dcs.plan(model, {"latent": torch.randn(2, 5, 4)}).sites[0].routed
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        torch.nn.utils.weight_norm(model.blocks[0].mlp[0])
+    assert dcs.plan(model, {"latent": torch.randn(2, 5, 4)}).sites[0].routed
 
 
 # --- caches in real calls --------------------------------------------------------------------------------------------

@@ -262,6 +262,35 @@ def test_a_skip_beside_a_block_with_a_residual_of_its_own_is_no_residual(inside:
     assert [call.outside for call in model_calls(model)] == [not inside] * 2
 
 
+def added_to_the_first_stream(self: Denoiser, x: Tensor, _: Any, __: Any) -> Tensor:
+    y = self.norm(x)
+    for block in self.blocks:
+        y = x + block(self.norm(y))
+    return y
+
+
+def given_a_sum_and_added_to_a_term(self: Denoiser, x: Tensor, _: Any, __: Any) -> Tensor:
+    return x + self.blocks[1](x + self.blocks[0](self.norm(x)))
+
+
+@pytest.mark.parametrize("forward", [added_to_the_first_stream, given_a_sum_and_added_to_a_term])
+def test_a_term_of_the_stream_is_not_the_stream(forward: Forward) -> None:
+    """A token that bypassed the second block would leave as what entered the first."""
+    model = Denoiser(forward, lambda: Block(residual=False))
+    first, second = dcs.plan(model, (X,)).sites
+    assert first.routed and not second.routed and "not simply added to the stream" in second.reason
+
+
+def modulated_by_the_latent(self: Denoiser, x: Tensor, _: Any, __: Any) -> Tensor:
+    for block in self.blocks:
+        x = x + block(self.norm(x) * (1 + x.mean(1, keepdim=True)))
+    return x
+
+
+def test_a_stream_modulated_by_what_stems_from_the_latent_is_one_stream() -> None:
+    assert planned(modulated_by_the_latent, X, block=lambda: Block(residual=False)) == [(TOKENS, 0)] * 2
+
+
 def text_joined_for_the_block_alone(self: Denoiser, x: Tensor, text: Tensor, _: Any) -> Tensor:
     for block in self.blocks:
         x = x + block(torch.cat([text, x], 1))[:, text.shape[1] :]

@@ -117,6 +117,19 @@ def _read(read: Callable[[Tensor], Any], first: Any, then: Any) -> Trap:
     return Trap(_reads(read), (draw(2, 4, WIDTH), torch.tensor(first)), (draw(2, 4, WIDTH, seed=1), torch.tensor(then)))
 
 
+def _written(write: Callable[[Tensor], Any], dtype: torch.dtype = torch.float32) -> Tensor:
+    buffer = torch.zeros(3, dtype=dtype)
+    write(buffer)
+    return buffer
+
+
+def _view_of_written(value: Tensor) -> Tensor:
+    buffer = torch.zeros(3)
+    view = buffer[:2]
+    buffer[0] = value
+    return view
+
+
 TRAPS = {
     "resolution": Trap(_positions, then=(draw(2, 6, WIDTH, seed=1),)),
     "batch": Trap(_batch_of_ids, then=(draw(3, 4, WIDTH, seed=1),)),
@@ -140,6 +153,13 @@ TRAPS = {
         lambda model, x, other: model.block(x) * model.select(x, other).shape[0],
         (draw(2, 4, WIDTH), torch.tensor([True, True])),
         (draw(2, 4, WIDTH, seed=1), torch.tensor([True, False])),
+    ),
+    "the largest entry after one was written": _read(lambda t: _written(lambda b: b.__setitem__(0, t)).max().item(), 2.0, 5.0),
+    "the largest entry after a view was written": _read(lambda t: _written(lambda b: b[1:].copy_(t)).max().item(), 2.0, 5.0),
+    "a view made before the write": _read(lambda t: _view_of_written(t).max().item(), 2.0, 5.0),
+    "the largest entry of what an output went to": _read(lambda t: _written(lambda b: torch.add(t, 1, out=b[0])).max().item(), 2.0, 5.0),
+    "what a mask with a part written takes out": _read(
+        lambda t: torch.zeros(3)[_written(lambda b: b[1:].copy_(t), torch.bool)].shape[0], [True, True], [True, False]
     ),
     "unique values": _read(lambda t: float(t.unique().numel()), [1, 1, 2], [1, 2, 3]),
     "a plain argument": Trap(lambda model, x, other: model.block(x) * other, (draw(2, 4, WIDTH), 2.0), (draw(2, 4, WIDTH), 3.0)),
@@ -181,3 +201,39 @@ def test_ours_records_anew_where_the_naive_recording_is_wrong(trap: Trap) -> Non
         got = recorded.run(*trap.then)
         assert got.dtype == wanted.dtype and torch.equal(got, wanted)
     assert len(recorded) == trap.records
+
+
+@pytest.mark.parametrize("read", [lambda t: t[0].item(), lambda t: t.tolist()[0], lambda t: t.numpy()[0]], ids=["item", "tolist", "numpy"])
+def test_nan_read_out_of_a_tensor_is_the_same_as_before(read: Callable[[Tensor], float]) -> None:
+    model = Model(lambda model, x, other: model.block(x) * (2.0 if np.isnan(read(other)) else 3.0))
+    x, broken, sound = draw(2, 4, WIDTH), torch.tensor([float("nan"), 1.0]), torch.tensor([4.0, 1.0])
+    recorded = trace(model, (x, broken))
+    for other, records in ((broken, 1), (sound, 2), (broken, 2)):
+        assert torch.equal(recorded.run(x, other), model(x, other))
+        assert len(recorded) == records
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float64], ids=str)
+def test_a_mask_whose_type_is_changed_is_no_constant(dtype: torch.dtype) -> None:
+    model = Model(lambda model, x, other: model.block(x) * other.type(x.dtype)[:, None])
+    recorded = trace(model, (draw(2, 4, WIDTH), torch.tensor([1, 1, 0, 1]).to(dtype)))
+    call = draw(2, 4, WIDTH, seed=1), torch.tensor([0, 1, 1, 1]).to(dtype)
+    assert torch.equal(recorded.run(*call), model(*call))
+    assert len(recorded) == 1
+
+
+def test_other_strides_are_made_contiguous_where_the_model_makes_them() -> None:
+    model = Model(lambda model, x, other: model.block(x.contiguous().view(-1, WIDTH)[None]))
+    recorded = trace(model, (draw(2, 4, WIDTH),))
+    turned = draw(2, WIDTH, 4, seed=1).transpose(1, 2)
+    assert torch.equal(recorded.run(turned), model(turned))
+    assert len(recorded) == 1
+
+
+def test_control_flow_on_strides_is_guarded() -> None:
+    model = Model(lambda model, x, other: model.block(x) if x.is_contiguous() else -model.block(x) * x.stride(1))
+    recorded = trace(model, (draw(2, 4, WIDTH),))
+    for shape in ((2, 4, WIDTH), (2, WIDTH, 4)):
+        x = draw(*shape, seed=1)
+        x = x if shape[-1] == WIDTH else x.transpose(1, 2)
+        assert torch.equal(recorded.run(x), model(x))

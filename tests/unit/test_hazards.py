@@ -1,5 +1,6 @@
 """Models that write in place, switch gradients off, leave blocks out or are wrapped: specialised, they give what they give in eval."""
 
+import copy
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import diffcr_surgery as dcs
+from diffcr_surgery.errors import TraceError
 from tests.models import CASES, output
 
 
@@ -146,6 +149,33 @@ def test_every_part_of_a_mixed_call_has_gradients() -> None:
     assert call["x"].grad.abs().sum(dim=(1, 2)).gt(0).all()
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.45])
+def test_a_reentrant_checkpoint_hides_no_gradient(ratio: float) -> None:
+    """Its forward runs with gradients off; those of the dense model come from a second run."""
+
+    class Checkpointed(Denoiser):
+        reentrant = True
+
+        def forward(self, x: Tensor, position: Tensor, timestep: Tensor) -> Tensor:
+            x = self.embed(x) + timestep[:, None, None] / 1000
+            for block in self.stack["blocks"]:
+                x = checkpoint(block, x, position, use_reentrant=self.reentrant)
+            return self.head(x)
+
+    dense, call = Checkpointed(), inputs()
+    model = copy.deepcopy(dense).train()
+    dcs.convert_(model, call, dcs.DiffCRConfig())
+    with torch.no_grad():
+        dcs.ratio_table(model).fill_(ratio)
+    other = copy.deepcopy(model)
+    other.reentrant = False
+    for each in (dense, model, other):
+        each(**call).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        wanted = dense.get_parameter(name) if ratio == 0 and not name.startswith("diffcr.") else other.get_parameter(name)
+        assert wanted.grad is not None and parameter.grad is not None and torch.equal(parameter.grad, wanted.grad), name
+
+
 @pytest.mark.parametrize("share", [1, 2])
 @torch.no_grad()
 def test_a_call_may_leave_out_the_block_that_decides(share: int) -> None:
@@ -184,6 +214,37 @@ def test_a_container_may_be_wrapped_after_conversion() -> None:
     model.stage = checkpoint_wrapper(model.stage)
     assert torch.equal(model(**call), expected)
     assert torch.equal(dcs.specialize_(model)(**call), expected)
+
+
+HOOKS: dict[str, Callable[[nn.Module], Any]] = {
+    "forward": lambda module: module.register_forward_hook(lambda _, args, output: 2 * output),
+    "before": lambda module: module.register_forward_pre_hook(lambda _, args: (2 * args[0],)),
+    "backward": lambda module: module.register_full_backward_hook(lambda _, given, taken: (2 * given[0],)),
+    "before backward": lambda module: module.register_full_backward_pre_hook(lambda _, taken: (2 * taken[0],)),
+}
+
+
+@pytest.mark.parametrize("put", HOOKS.values(), ids=HOOKS)
+def test_hooks_work_where_modules_are_kept_whole_and_are_refused_elsewhere(put: Callable[[nn.Module], Any]) -> None:
+    """A sequence of blocks is spelled out, so what hangs on it would never run."""
+    width = 8
+    layers = [nn.TransformerEncoderLayer(width, 2, 16, batch_first=True, norm_first=True, dropout=0.0) for _ in range(2)]
+    model = nn.Sequential(nn.Linear(width, width), nn.Sequential(*layers), nn.Linear(width, width))
+    plain, x = copy.deepcopy(model), torch.randn(2, 6, width, requires_grad=True)
+    dcs.convert_(model, (x,), dcs.DiffCRConfig())
+    model(x)
+    handle = put(model.get_submodule("1"))
+    with pytest.raises(TraceError, match=r"hook on '1' \(Sequential\).*never run.*such as '1\.0'"):
+        model(x)
+    handle.remove()
+    assert torch.equal(model(x), plain(x))
+    for each in (model, plain):
+        put(each)
+        put(each.get_submodule("0"))
+        put(each.get_submodule("1.0"))
+        each(x).square().mean().backward()
+    assert torch.equal(model(x), plain(x))
+    assert all(torch.equal(model.get_parameter(name).grad, parameter.grad) for name, parameter in plain.named_parameters())
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from diffcr_surgery._tree import flatten
 from diffcr_surgery.rewrite.ops import (
-    _device_of,
     blend,
     blend_weight,
     boundary_factor,
@@ -20,8 +20,10 @@ from diffcr_surgery.rewrite.ops import (
     gate_update,
     named_item,
     take_factors,
+    with_zero_gradients,
     without_random_trace,
 )
+from diffcr_surgery.trace.key import device_of
 
 GATES = ("doubled_sigmoid", "straight_through", "sigmoid")
 FACTOR = {"doubled_sigmoid": lambda s: 2 * s, "straight_through": torch.ones_like, "sigmoid": lambda s: s}
@@ -233,11 +235,11 @@ def test_the_random_state_is_that_of_the_blocks_device(where: str) -> None:
     """Any device but the CPU does for this; blocks of diffusers get everything by name."""
     x, mask = torch.ones(2, device="meta"), torch.ones(2)
     args, kwargs = {"positional": ((x,), {}), "by name": ((), {"x": x}), "nested": (([x],), {})}.get(where, ((mask, x), {}))
-    assert _device_of((args, kwargs)) == x.device
+    assert device_of(flatten((args, kwargs))[1]) == x.device
 
 
 def test_a_block_without_tensors_draws_on_the_cpu() -> None:
-    assert _device_of(((3,), {"x": None})) == torch.device("cpu")
+    assert device_of(flatten(((3,), {"x": None}))[1]) == torch.device("cpu")
 
 
 def test_a_checkpointed_site_runs_again_in_the_backward_pass() -> None:
@@ -257,3 +259,21 @@ def test_a_checkpointed_site_runs_again_in_the_backward_pass() -> None:
     got = torch.autograd.grad(result.sum(), [x, *model.parameters()])
     assert runs == [True]
     assert torch.equal(result, plain) and all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_zero_gradients_leave_long_streams_of_half_precision_alone() -> None:
+    """Scores of many tokens add up to more than half precision holds."""
+    output, weight = torch.ones(2, 3, dtype=torch.float16), torch.zeros(2, requires_grad=True)
+    scores = torch.ones(20_000, 8, requires_grad=True)
+    found = with_zero_gradients(output, weight, scores)
+    assert torch.equal(found, output) and found.dtype == torch.float16
+    assert not any(gradient.any() for gradient in torch.autograd.grad(found.float().sum(), [weight, scores]))
+
+
+def test_the_table_may_lie_on_another_device_than_a_block() -> None:
+    """As in a model spread over several; the meta device does for one."""
+    stream, weight = torch.ones(2, 3, 4, device="meta"), torch.tensor([0.25])
+    factor, order = torch.ones(2, 3, device="meta"), torch.zeros(2, 3, dtype=torch.long, device="meta")
+    assert blend(stream, stream, weight, 0).device == stream.device
+    assert boundary_factor(factor, order, 1, weight, True).device == stream.device
+    assert with_zero_gradients(stream, weight, factor).device == stream.device

@@ -105,6 +105,14 @@ def test_first_input_is_the_stream(stream: str) -> None:
     assert repr(stream) in str(caught.value)
 
 
+@pytest.mark.parametrize("stream", ["batch n c", "n batch c", "h w n c"])
+def test_a_stream_of_more_than_two_axes_names_its_batch(stream: str) -> None:
+    """Else its first axis would be taken for tokens that all samples share."""
+    with pytest.raises(PatternError, match=rf"Pattern 'mine': .* more than two axes names its batch 'b'.* got '{stream}'"):
+        BlockPattern("mine", "pkg.mod:Class", {"x": stream})
+    BlockPattern("mine", "pkg.mod:Class", {"x": "n c", "y": stream})
+
+
 @pytest.mark.parametrize("axes", ["b n 2", "", "n m+n", None, ["b", "n", "c"]], ids=repr)
 @pytest.mark.parametrize("where", ["inputs", "outputs"])
 def test_axis_patterns_are_checked(where: str, axes: Any) -> None:
@@ -313,3 +321,34 @@ def test_plugins_are_found_named_when_broken_and_can_be_switched_off(tmp_path: P
             for words in (head, f"entry_of_{value.partition(':')[0]}", value, patterns.ENTRY_POINTS, cause, f"{patterns.OFF_SWITCH}=1"):
                 assert words in error
     assert list(lines) == ["off: None", "imported: False", "on: from a plug-in", "again: from a plug-in"]
+
+
+SLOW = """
+import sys, threading, torch
+from diffcr_surgery.patterns import pattern_of
+
+loading, found = threading.Event(), []
+sys.path.insert(0, sys.argv[1])
+first = threading.Thread(target=lambda: found.append(pattern_of(torch.nn.Linear(2, 2))))
+first.start()
+loading.wait()
+found.append(pattern_of(torch.nn.Linear(2, 2)))
+first.join()
+print([getattr(pattern, "name", None) for pattern in found])
+"""
+
+
+def test_a_thread_that_comes_second_waits_for_the_plugins(tmp_path: Path) -> None:
+    """And a plug-in that asks for patterns while it is loaded gets those there are."""
+    slow = """
+import sys, time, torch
+from diffcr_surgery.patterns import pattern_of
+assert pattern_of(torch.nn.Linear(2, 2)) is None
+sys.modules["__main__"].loading.set()
+time.sleep(0.5)
+"""
+    plugin(tmp_path / "plug_slow", slow + GOOD)
+    settings = os.environ | {"PYTHONPATH": str(Path(dcs.__file__).parents[1])}
+    command = [sys.executable, "-c", SLOW, str(tmp_path / "plug_slow")]
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout.strip() == "['from a plug-in', 'from a plug-in']", done.stderr

@@ -416,3 +416,19 @@ def test_a_cast_model_keeps_a_gradient_that_fits_its_table():
     model(**inputs()).square().mean().backward()
     model.to(torch.bfloat16)
     assert dcs.ratio_table(model).grad.dtype == dcs.ratio_table(model).dtype == torch.float32
+
+
+def test_an_input_may_be_shared_in_one_mixed_call_and_not_in_the_next():
+    """How the first mixed call was cut says nothing of one whose inputs have other lengths."""
+
+    class Conditioned(Denoiser):
+        def forward(self, x, t, cond):
+            return super().forward(x, t) + cond
+
+    model, given = Conditioned(), inputs(3)
+    dcs.convert_(model, {**given, "cond": torch.randn(1, 1, 3)}, dcs.DiffCRConfig(timestep_regions=2, timestep_range=(0, 1000)))
+    with torch.no_grad():
+        dcs.ratio_table(model).copy_(torch.tensor([[0.0, 0.5], [0.5, 0.0]]))
+        for cond in (torch.randn(1, 1, 3), torch.randn(3, 1, 3)):
+            alone = [model(given["x"][i : i + 1], given["t"][i : i + 1], cond[i % len(cond)][None]) for i in range(3)]
+            assert torch.allclose(model.eval()(**given, cond=cond), torch.cat(alone), atol=1e-5)

@@ -212,6 +212,11 @@ def test_lists_of_numbers_as_many_as_samples_are_told_from_samples() -> None:
     assert found.shared == {"chunks"} and not found.refusal
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_row_for_all_samples_is_shared_and_a_row_for_each_is_not(rows: int) -> None:
+    assert find(x=TOKENS, layers=[TOKENS[:rows]]).shared == (frozenset({"layers.0", "layers"}) if rows == 1 else frozenset({"layers"}))
+
+
 def test_one_sample_tells_by_length_alone() -> None:
     assert find(1, x=TOKENS[:1], ids=torch.arange(3), words=["a"]) == Splitting(frozenset({"ids"}), None)
 
@@ -271,3 +276,27 @@ def test_finding_changes_nothing() -> None:
     find_splitting(model, model.forward, bind_call(model.forward, (), {"x": TOKENS, "ids": torch.arange(3)}), 3)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     assert model.training and not model.dropout.training and torch.equal(state, torch.get_rng_state())
+
+
+class Watching(Reader):
+    """Notes in which mode it is run."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.dropout, self.modes = nn.Dropout(dropout), set[tuple[bool, bool]]()
+        self.diffcr = nn.Module()
+
+    def forward(self, x: Any, *_: Any) -> Any:
+        self.modes.add((self.training, self.diffcr.training))
+        return super().forward(x)
+
+
+def test_other_threads_see_no_other_mode_where_there_is_no_dropout() -> None:
+    model = Watching(0.0)
+    assert not find(model=model, x=TOKENS).refusal and model.modes == {(True, True)}
+
+
+def test_with_dropout_other_threads_see_the_ratios_of_training_all_the_same() -> None:
+    model = Watching(0.5)
+    assert not find(model=model, x=TOKENS).refusal and model.modes == {(True, True), (False, True)}
+    assert all(module.training for module in model.modules())

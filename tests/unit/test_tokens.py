@@ -293,12 +293,12 @@ def test_gradient_of_gather_goes_back_to_its_places(pattern: str) -> None:
     assert x.grad is not None and torch.equal(x.grad.flatten(), counts)
 
 
-def test_update_of_another_precision_takes_that_of_the_stream() -> None:
-    """Under autocast the block answers in half precision; the stream stays what it was."""
+def test_the_stream_takes_the_precision_of_an_update_in_another() -> None:
+    """Under autocast a block may answer in another than it was given, and the dense model goes on in that."""
     stream, kept = torch.full((2, 3, 4), 0.1), torch.tensor([[0], [2]])
     got = scatter_tokens(stream, torch.ones(2, 1, 4, dtype=torch.bfloat16), kept, "b n c")
-    assert got.dtype == torch.float32
-    assert torch.equal(got[0, 1:], stream[0, 1:]) and (got[0, 0] == 1).all()
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got[0, 1:], stream[0, 1:].bfloat16()) and (got[0, 0] == 1).all()
 
 
 # --- sample by sample ------------------------------------------------------------------------------------------------

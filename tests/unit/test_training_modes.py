@@ -24,7 +24,7 @@ pytestmark = [
 
 each_way = pytest.mark.parametrize("branches", ["two", "boundary"])
 # One class of each kind: plain blocks, text beside the image, text before it in one stream.
-each_case = pytest.mark.parametrize("name", ["dit", "sd3", "flux"])
+each_case = pytest.mark.parametrize("name", ["dit", "sd3", "flux", "pixart"])
 SIZE = CASES["dit"].sizes[-1]
 
 

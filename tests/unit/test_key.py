@@ -1,0 +1,401 @@
+"""The key of a recording: whatever the model's forward may have read is in it, or is refused by name."""
+
+import copy
+import dataclasses
+import random
+from collections import OrderedDict, defaultdict
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import diffcr_surgery as dcs
+from diffcr_surgery import trace
+from diffcr_surgery._tree import fill, flatten, freeze, map_leaves
+from diffcr_surgery.errors import TraceError
+from diffcr_surgery.trace.key import copies, device_of, model_device
+
+
+class Scale(nn.Module):
+    """One leaf, and a root forward given by the test."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self._forward = forward
+
+    def forward(self, x, other=None):
+        return self._forward(self, self.inner(x), other)
+
+
+def x(seed=0):
+    return torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def same(recorded, model, *args):
+    assert torch.equal(model(*args), recorded.run(*args))
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------
+class Holder:
+    """No container that is walked."""
+
+    def __init__(self, **values):
+        vars(self).update(values)
+
+
+@pytest.mark.parametrize(
+    "held", [torch.ones(4), {"deep": [torch.ones(4)]}, Holder(inner=Holder(table=torch.ones(4)))], ids=["attribute", "dict", "object"]
+)
+def test_an_argument_object_that_hides_a_tensor_is_refused_by_name(held):
+    model = Scale(lambda self, x, other: x * 2)
+    with pytest.raises(TraceError, match=r"'other\.mine' is a \S+\.Holder, .* holds a tensor .* argument of its own"):
+        trace(model, (x(), {"mine": Holder(held=held)}))
+
+
+def test_plain_attributes_of_an_argument_object_are_part_of_the_key():
+    model = Scale(lambda self, x, other: x * other.factor)
+    holder = Holder(factor=2.0)
+    recorded = trace(model, (x(), holder))
+    same(recorded, model, x(1), holder)
+    assert len(recorded) == 1
+    holder.factor = 3.0
+    same(recorded, model, x(1), holder)
+
+
+def test_whether_an_input_requires_a_gradient_is_part_of_the_key():
+    model = Scale(lambda self, x, other: x * (2 if other.requires_grad else 3))
+    recorded = trace(model, (x(), x(1)))
+    same(recorded, model, x(2), x(1).requires_grad_())
+    same(recorded, model, x(2), x(1))
+    assert len(recorded) == 2
+
+
+# --- attributes ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["factors", "_factors"])
+@pytest.mark.parametrize("other", [5.0, (5.0,), [5.0], {"a": 5.0}, {"a": [(5.0,)]}, OrderedDict(a=5.0)], ids=repr)
+def test_plain_attributes_and_small_containers_of_them_are_part_of_the_key(name, other):
+    model = Scale(lambda self, x, _: x * flatten_sum(getattr(self, name)))
+    setattr(model, name, 2.0)
+    recorded, other = trace(model, (x(),)), copy.deepcopy(other)
+    same(recorded, model, x(1))
+    setattr(model, name, other)
+    same(recorded, model, x(1))
+    if isinstance(other, list):
+        other[0] = 7.0
+        same(recorded, model, x(1))
+    assert len(recorded) == (3 if isinstance(other, list) else 2)
+
+
+def flatten_sum(tree):
+    found = []
+    map_leaves(tree, lambda _, leaf: found.append(leaf))
+    return sum(found)
+
+
+def test_one_true_and_one_point_zero_are_three_values():
+    model = Scale(lambda self, x, other: x.long() * self.factor)
+    model.factor = 1
+    recorded = trace(model, (x(),))
+    for factor in (1.0, True, 1):
+        model.factor = factor
+        assert recorded.run(x()).dtype == model(x()).dtype
+
+
+def test_a_dict_that_fills_up_does_not_record_anew():
+    """It holds tensors: a cache of the model's own."""
+
+    def forward(self, x, other):
+        key = torch.is_grad_enabled()
+        if key not in self.tables:
+            self.tables[key] = torch.linspace(0, 1, 4)
+        return x + self.tables[key]
+
+    model = Scale(forward)
+    model.tables = {}
+    recorded = trace(model, (x(),))
+    with torch.no_grad():
+        same(recorded, model, x(1))
+    same(recorded, model, x(1))
+    assert len(recorded) == 2
+
+
+def test_attributes_are_as_they_were_after_recording():
+    def forward(self, x, other):
+        self.size, self.seen[0] = x.shape[1], x.shape[1]
+        return x * self.size * self.seen[0]
+
+    model = Scale(forward)
+    model.size, model.seen = 1, [1]
+    trace(model, (x(),))
+    assert model.size == 1 and model.seen == [1]
+
+
+def test_a_forward_that_remembers_its_last_shape_is_recorded_once_for_each():
+    def forward(self, x, other):
+        self.size = x.shape[0]
+        return x * self.size
+
+    model = Scale(forward)
+    model.size = 0
+    recorded = trace(model, (x(),))
+    for _ in range(2):
+        for batch in (1, 2):
+            assert torch.equal(recorded.run(x()[:batch]), batch * model.inner(x()[:batch]))
+    assert len(recorded) == 2
+
+
+def counts(self, x, other):
+    self.step += 1
+    return x * 2
+
+
+def counts_in_a_list(self, x, other):
+    self.steps.append(len(self.steps))
+    return x * 2
+
+
+def counts_from_nothing(self, x, other):
+    self.late = getattr(self, "late", 0) + 1
+    return x * 2
+
+
+@pytest.mark.parametrize(("forward", "name"), [(counts, "step"), (counts_in_a_list, "steps"), (counts_from_nothing, "late")])
+def test_a_forward_that_counts_is_refused_by_name(forward, name):
+    model = Scale(forward)
+    model.step, model.steps = 0, []
+    with pytest.raises(TraceError, match=rf"sets Scale\.{name} anew in every run.*submodule"):
+        trace(model, (x(),))
+    assert model.step == 0 and model.steps == []
+
+
+def test_what_only_the_first_run_does_is_refused():
+    def forward(self, x, other):
+        first, self.first = self.first, False
+        return x * 2 if first else x
+
+    model = Scale(forward)
+    model.first = True
+    with pytest.raises(TraceError, match="does not reproduce it"):
+        trace(model, (x(),))
+    assert model.first
+
+
+class Counting(nn.Linear):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) * self.calls
+
+
+def test_a_submodule_may_count_and_is_not_run_ahead():
+    model = Scale(lambda self, x, other: x * 2)
+    model.inner = Counting(4, 4)
+    model.inner.calls = 3
+    recorded = trace(model, (x(),))
+    assert model.inner.calls == 3
+    first = recorded.run(x())
+    model.inner.calls = 3
+    assert torch.equal(first, model(x())) and model.inner.calls == 4 and len(recorded) == 1
+
+
+# --- randomness that is not torch's ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["random", "numpy"])
+def test_randomness_that_no_recording_can_draw_anew_is_refused_and_put_back(draw):
+    model = Scale(lambda self, x, other: x * 2 if draw() < 0.3 else x)
+    random.seed(0)
+    np.random.seed(0)
+    before = random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2]
+    with pytest.raises(TraceError, match=r"draws from (random|numpy\.random).*torch\.rand.*submodule"):
+        trace(model, (x(),))
+    assert before == (random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2])
+
+
+class Drawing(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * random.random() * np.random.rand()
+
+
+def test_a_submodule_may_draw_from_anywhere():
+    model = Scale(lambda self, x, other: x * 2)
+    model.inner = Drawing(4, 4)
+    recorded = trace(model, (x(),))
+    outputs = []
+    for run in (model, recorded.run):
+        random.seed(1)
+        np.random.seed(1)
+        outputs.append(run(x()))
+    assert torch.equal(*outputs)
+
+
+# --- a forward that writes into its input ----------------------------------------------------------------------------
+def test_a_forward_that_writes_into_its_input_is_recorded_and_the_example_left_alone():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x, other):
+            x += 1
+            other[0] = 0.5
+            return self.inner(x) * other
+
+    model, example = Model(), (x(), x(1))
+    recorded = trace(model, example)
+    assert torch.equal(example[0], x()) and torch.equal(example[1], x(1))
+    for _ in range(2):
+        given, wanted = (x(2), x(3)), (x(2), x(3))
+        assert torch.equal(recorded.run(*given), model(*wanted))
+        assert all(map(torch.equal, given, wanted))
+    assert len(recorded) == 1
+
+
+def test_a_forward_that_writes_into_its_input_and_reads_values_is_refused_by_name():
+    """A guard that stops a run would leave the input half written for the next one."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x, other):
+            x += 1
+            return self.inner(x) * float(other)
+
+    with pytest.raises(TraceError, match=r"writes into its input 'x'.*clone"):
+        trace(Model(), (x(), torch.tensor(2.0)))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        x()[:, ::2],
+        x().transpose(1, 2).contiguous().transpose(1, 2),
+        x()[:1].expand(2, 3, 4),
+        (x().requires_grad_() * 2)[:, 1:],
+        x()[:0],
+        x(),
+        x().requires_grad_(),
+        x().requires_grad_() + 1,
+    ],
+    ids=["slice", "transposed", "expanded", "slice of a result", "empty", "plain", "leaf", "result"],
+)
+@pytest.mark.parametrize("grad", [True, False])
+def test_copies_are_alike_in_all_that_a_forward_can_see(given, grad):
+    with torch.set_grad_enabled(grad):
+        first, second = copies([given, given])
+    assert first is second and first is not given and torch.equal(first, given)
+    assert (first.stride(), first.dtype, first.requires_grad, first.is_leaf) == (
+        given.stride(), given.dtype, given.requires_grad, given.is_leaf
+    )  # fmt: skip
+    before = given.detach().clone()
+    if 0 in given.stride() or (given.is_leaf and given.requires_grad):
+        with pytest.raises(RuntimeError, match=r"memory location|leaf"):
+            first += 1
+    else:
+        first += 1
+    assert torch.equal(given, before)
+
+
+# --- devices ---------------------------------------------------------------------------------------------------------
+def test_a_model_computes_where_its_first_tensor_off_the_cpu_is():
+    here, there = torch.ones(1), torch.ones(1, device="meta")
+    assert device_of([here, there]).type == "meta"
+    assert device_of([]).type == device_of([here]).type == "cpu"
+    assert model_device(nn.Linear(1, 1), [here, there]).type == "meta"
+    assert model_device(nn.Linear(1, 1, device="meta"), [here]).type == "meta"
+    assert model_device(nn.Linear(1, 1), []).type == "cpu"
+
+
+@pytest.mark.gpu
+def test_autocast_and_random_state_of_the_gpu_count_whichever_input_comes_first():
+    def forward(self, x, other):
+        return torch.nn.functional.dropout(x, 0.5, True)
+
+    model = Scale(forward).cuda()
+    model.forward = lambda t, x: Scale.forward(model, x) * t.item()
+    recorded, given = trace(model, (torch.tensor(2.0), x().cuda())), (torch.tensor(2.0), x(1).cuda())
+    for _ in range(2):
+        with torch.autocast("cuda", torch.bfloat16):
+            torch.cuda.manual_seed(0)
+            wanted = model(*given)
+            torch.cuda.manual_seed(0)
+            assert torch.equal(recorded.run(*given), wanted)
+
+
+# --- trees -----------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    table: torch.Tensor
+    size: int = dataclasses.field(init=False, default=1)
+    shift: torch.Tensor = dataclasses.field(init=False, default=None)
+
+    def __post_init__(self):
+        object.__setattr__(self, "shift", torch.zeros(4))
+
+
+def grid(size, shift):
+    made = Grid(torch.ones(4))
+    object.__setattr__(made, "size", size)
+    object.__setattr__(made, "shift", shift)
+    return made
+
+
+def test_all_fields_of_a_dataclass_are_part_of_a_call():
+    model = Scale(lambda self, x, other: x * other.size + other.table + other.shift)
+    recorded = trace(model, (x(), grid(2, torch.ones(4))))
+    for size, shift in ((2, 3.0), (5, 4.0), (2, 5.0)):
+        same(recorded, model, x(1), grid(size, torch.full((4,), shift)))
+    assert len(recorded) == 2
+
+
+def test_containers_keep_their_types():
+    tree = {
+        "size": torch.Size([2, 3]),
+        "groups": defaultdict(list, a=[torch.ones(1)]),
+        "ordered": OrderedDict(b=torch.zeros(1), a=1),
+        "grid": grid(2, torch.ones(4)),
+    }
+    _, tensors, template = flatten(tree)
+    twin = fill(template, tensors)
+    for name, value in tree.items():
+        assert type(twin[name]) is type(value)
+    assert twin["size"].numel() == 6 and twin["groups"]["new"] == [] and list(twin["ordered"]) == ["b", "a"]
+    assert twin["grid"].size == 2 and len(tensors) == 4
+    assert freeze(template) == freeze(flatten(tree)[2]) and "new" not in tree["groups"]
+    assert map_leaves(torch.Size([2, 3]), lambda path, leaf: path) == ("0", "1")
+
+
+def test_an_output_of_diffusers_keeps_fields_and_items_alike():
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    twin = map_leaves(Transformer2DModelOutput(sample=torch.ones(1)), lambda _, leaf: leaf + 1)
+    assert torch.equal(twin.sample, twin["sample"]) and torch.equal(twin[0], torch.full((1,), 2.0))
+
+
+# --- what capture_inputs collects ------------------------------------------------------------------------------------
+class Variadic(nn.Module):
+    def __init__(self, forward):
+        super().__init__()
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.forward = forward.__get__(self)
+
+
+FORWARDS = {
+    "all": lambda self, *args, **kwargs: self.block(args[0]) * kwargs["scale"],
+    "after others": lambda self, x, *rest, scale: self.block(x + rest[0]) * scale,
+    "positional only": lambda self, x, /, scale=1.0: self.block(x) * scale,
+}
+
+
+@pytest.mark.parametrize("kind", FORWARDS)
+def test_what_was_captured_can_be_planned_with(kind):
+    model = Variadic(FORWARDS[kind]).eval()
+    tokens = torch.randn(2, 6, 8)
+    with dcs.capture_inputs(model) as seen:
+        wanted = model(tokens, tokens[:1], scale=2.0) if kind == "after others" else model(tokens, scale=2.0)
+    assert len(dcs.plan(model, seen.inputs).routed_sites) == 1
+    recorded = trace(model, seen.inputs)
+    assert torch.equal(recorded.run(*recorded.call.args, **recorded.call.kwargs), wanted)

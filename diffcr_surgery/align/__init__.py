@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from diffcr_surgery.align.candidates import by_likelihood, combinations, complete, options_of, prefix_lengths, prefix_of, stream_patterns
-from diffcr_surgery.align.proof import Subject, tolerance
+from diffcr_surgery.align.proof import Subject
 from diffcr_surgery.axes import parse_axes
 from diffcr_surgery.detect import named_leaves
 from diffcr_surgery.tokens import keep_tokens, kept_count, rank_tokens
@@ -168,7 +168,7 @@ class _Trial:
         )
 
     def _tolerance(self) -> float:
-        return max(tolerance(t) for t in self.subject.baseline if t.is_floating_point())
+        return max(self.subject.tolerance(t) for t in self.subject.baseline if t.is_floating_point())
 
     def settle(self, stream: str, mark: Tensor, hint: dict[str, str] | None, search: bool) -> Alignment | None:
         index = self.subject.paths.index(self.raw[stream])

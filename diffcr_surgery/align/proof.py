@@ -51,7 +51,7 @@ class Subject:
         overwritten: Indices of the arguments the block writes into.
         off: Paths of flags that say a mask is causal: true of tokens in order alone, so the mask has to speak for itself.
         original: The block as it is.
-        upcast: Whether the copy is in single precision.
+        upcast: Whether the copy is in single precision, autocast or not.
         draw: Number of the permutations it is tried on.
     """
 
@@ -149,6 +149,10 @@ class Subject:
             return float("inf")
         return max(_gap(moved[i], wanted[i]) for i in self.read)
 
+    def tolerance(self, output: Tensor) -> float:
+        """Return how far an output may differ and still count as equal, in units of its spread."""
+        return _TOLERANCE.get(output.dtype, 1e-1) if self.upcast else tolerance(output)
+
     def mixes(self, stream: int, output: int, axis: int) -> bool:
         """Tell whether changing the first half of the stream along ``axis`` changes the output of the rest."""
         size = self.tensors[stream].shape[axis]
@@ -175,7 +179,7 @@ class Subject:
             return False
         rest = self.baseline[output].shape[along] - count
         changed, before = (each.baseline[output].narrow(along, count, rest) for each in (other, self))
-        return _gap(changed, before) > tolerance(before)
+        return _gap(changed, before) > self.tolerance(before)
 
     def batches(self, stream: int, axis: int) -> dict[int, int]:
         """Return each output whose batch axis is not the stream's -> that axis, told by what changing the first sample changes."""
@@ -298,7 +302,7 @@ def _device(tensors: Sequence[Tensor]) -> torch.device:
     return tensors[0].device if tensors else torch.device("cpu")
 
 
-def _shaken_copy(block: nn.Module, upcast: bool, device: torch.device, seed: int = 0, by: float = 1.0) -> nn.Module:
+def _shaken_copy(block: nn.Module, upcast: bool, device: torch.device, seed: int = 0, by: float = 1.0) -> Callable[..., Any]:
     twin = bare_copy(block, device).eval()
     low = any(p.dtype in (torch.float16, torch.bfloat16) for p in twin.parameters())
     if upcast and low:
@@ -311,4 +315,16 @@ def _shaken_copy(block: nn.Module, upcast: bool, device: torch.device, seed: int
                 fan_in = p.shape[-1] if p.ndim > 1 else 25
                 noise = pool.repeat(-(-p.numel() // len(pool)))[: p.numel()].reshape(p.shape).to(p.device, p.dtype)
                 p.add_(noise, alpha=by * fan_in**-0.5)
-    return twin
+    return _without_autocast(twin, device) if upcast else twin
+
+
+def _without_autocast(block: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """Return a block that runs in the precision of its weights, whatever is asked for around it."""
+    if not torch.is_autocast_enabled(device.type):
+        return block
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device.type, enabled=False):
+            return block(*args, **kwargs)
+
+    return run

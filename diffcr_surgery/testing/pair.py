@@ -177,8 +177,11 @@ def sample_of(arguments: Mapping[str, Any], index: int, batch: int, shared: Coll
 
 
 def rounding(tree: Any) -> float:
-    """Return the tolerance that rounding asks for in a tree's dtypes, as :func:`compare.same` takes it."""
-    return max((_ROUNDING.get(t.dtype, 0.0) for t in flatten(tree)[1]), default=0.0)
+    """Return the tolerance that rounding asks for in a tree's dtypes, and in autocast's, as :func:`compare.same` takes it."""
+    tensors = flatten(tree)[1]
+    dtypes = [t.dtype for t in tensors]
+    dtypes += [torch.get_autocast_dtype(t.device.type) for t in tensors if torch.is_autocast_enabled(t.device.type)]
+    return max((_ROUNDING.get(dtype, 0.0) for dtype in dtypes), default=0.0)
 
 
 def call(model: nn.Module, inputs: Any) -> Any:

@@ -79,9 +79,10 @@ def trace(model: torch.nn.Module, example_inputs: Any) -> Trace:
         A :class:`Trace` with ``.graph`` and ``.run``.
 
     Raises:
-        TraceError: If the inputs do not fit, or the recording does not reproduce the model. A forward that counts in an attribute, draws
-            from Python's or NumPy's random numbers, or takes a tensor out of an object is refused. Known limits: reads of Python state
-            outside the model's own attributes (global variables), and modules that leak tensors other than by returning them.
+        TraceError: If the inputs do not fit, or the recording does not reproduce the model. Refused by name, outside of submodules that
+            are kept whole: counting in an attribute, Python's or NumPy's random numbers, tensors hidden in objects, custom autograd
+            functions, and hooks. Known limits: reads of Python state outside the model's own attributes (global variables), and modules
+            that leak tensors other than by returning them.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU())

@@ -237,7 +237,7 @@ class _Site:
             # With "two" each way is a run of its own; with "boundary" the first stands for all, and scales what they keep.
             share = ways[group[0]].share if self.branches == "two" else 1.0
             template, tensors, stream_at = self._block(sets[group[0]])
-            merged = torch.zeros_like(x) if self.outside else x.clone()
+            merged = (torch.zeros_like(x) if self.outside else x.clone()).to(tensors[stream_at].dtype)  # which autocast may have changed
             for sample, kept in enumerate(sets[group[0]]):
                 entered = torch.zeros_like(x[sample, kept]) if self.outside else x[sample, kept]
                 factor = torch.zeros(x.shape[1], dtype=x.dtype)
@@ -246,7 +246,7 @@ class _Site:
                     part = 1.0 if self.branches == "two" else ways[i].share
                     factor[own] += part * self._gates(scores[sample], self.moves[sample], own).to(x.dtype)
                 update = self._plain(tensors[stream_at])[sample] if self.batch_axis is not None else tensors[stream_at]
-                merged[sample, kept] = entered + factor[kept, None] * (update - entered)
+                merged[sample, kept] = (entered + factor[kept, None] * (update - entered)).to(merged)
             tensors[stream_at] = self._own(merged)
             parts = [share * t if t.is_floating_point() else t for t in tensors]
             total = parts if not total else [a + b if a.is_floating_point() else a for a, b in zip(total, parts, strict=True)]

@@ -26,7 +26,7 @@ BINS = tuple(tenths / 10 for tenths in range(10))
 
 # Each example converts a model or two, so the laws take a share of the profile's examples.
 few = settings(
-    max_examples=max(2, settings().max_examples // 5),
+    max_examples=max(2, settings().max_examples // 10),
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )

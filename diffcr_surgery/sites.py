@@ -9,7 +9,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from diffcr_surgery._shards import is_sharded
 from diffcr_surgery._tree import Leaf, flatten, map_leaves
@@ -22,7 +22,8 @@ from diffcr_surgery.detect import Lineage, latent_inputs, named_leaves, residual
 from diffcr_surgery.errors import PatternError, SurgeryError
 from diffcr_surgery.patterns import BlockPattern, pattern_of
 from diffcr_surgery.tokens import Spans
-from diffcr_surgery.trace.recording import BlockCall, Flow, Recording, undisturbed
+from diffcr_surgery.trace.recorder import rng_state
+from diffcr_surgery.trace.recording import BlockCall, Flow, Recording, set_rng_state
 
 __all__ = ["Hint", "SiteCall", "site_calls"]
 
@@ -67,8 +68,11 @@ def site_calls(recording: Recording, hints: Mapping[tuple[str, int], Hint] | Non
         raise SurgeryError("This recording was aligned before; record the model anew.")
     tensors = (t for sample in recording.samples.values() for t in flatten((sample.args, sample.kwargs))[1])
     device = next((t.device for t in tensors), torch.device("cpu"))
-    with undisturbed(nn.ModuleList(sample.module for sample in recording.samples.values()), device):
+    start = rng_state(device)
+    try:
         return _site_calls(recording, recording.flow, hints or {})
+    finally:
+        set_rng_state(start, device)
 
 
 def _site_calls(recording: Recording, flow: Flow, hints: Mapping[tuple[str, int], Hint]) -> list[SiteCall]:

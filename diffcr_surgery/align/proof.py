@@ -20,6 +20,7 @@ from diffcr_surgery.caches import bare_copy
 from diffcr_surgery.tokens import gather_each, gather_tokens, per_sample, sample_axes
 from diffcr_surgery.trace.perturb import generator, normal
 from diffcr_surgery.trace.recording import OUT_OF_MEMORY
+from diffcr_surgery.trace.undisturbed import equal
 
 __all__ = ["Subject", "tolerance"]
 
@@ -88,7 +89,7 @@ class Subject:
                 continue
             read = [i for i, path in enumerate(outputs) if path not in unread]
             if all(bool(baseline[i].isfinite().all()) for i in read if baseline[i].is_floating_point()):
-                written = {i for i, (t, before) in enumerate(zip(given, trial, strict=True)) if not torch.equal(t, before)}
+                written = {i for i, (t, before) in enumerate(zip(given, trial, strict=True)) if not equal(t, before)}
                 return cls(twin, trial, template, paths, [t.clone() for t in baseline], outputs, read, written, off, block, upcast)
         raise RuntimeError(f"it cannot be run on its own: {failure or 'its output is not finite'}")
 

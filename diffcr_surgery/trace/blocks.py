@@ -178,6 +178,7 @@ def _origin(recorder: Recorder, value: int) -> int:
 _HOOKS = {"_hf_hook", "_old_forward", "_diffusers_hook", "forward"}  # of accelerate and diffusers, which may hold all weights
 _OF_EVERY_MODULE = (vars(torch.nn.Module()).keys() | _HOOKS) - {"training"}
 _DEPTH = 6  # of values within values that are looked into
+_MANY = 1 << 16  # entries; more integers than that are packed weights
 
 
 def _structure(module: torch.nn.Module) -> Hashable:
@@ -185,7 +186,7 @@ def _structure(module: torch.nn.Module) -> Hashable:
         (
             name,
             type(m),
-            tuple((k, _likeness(v)) for k, v in vars(m).items() if k not in _OF_EVERY_MODULE),
+            tuple((k, _likeness(v, _DEPTH if _plain_weights(m) else 1)) for k, v in vars(m).items() if k not in _OF_EVERY_MODULE),
             tuple(p.shape for p in m.parameters(recurse=False)),
             tuple((k, _likeness(b)) for k, b in m._buffers.items()),
         )
@@ -193,14 +194,20 @@ def _structure(module: torch.nn.Module) -> Hashable:
     )
 
 
+def _plain_weights(module: torch.nn.Module) -> bool:
+    """Tell whether a module's weights are numbers, not packed ones with a state beside them that is as good as a weight."""
+    return all(p is None or p.dtype.is_floating_point for p in module._parameters.values())
+
+
 def _likeness(value: Any, depth: int = _DEPTH) -> Any:
     """Return what two values must share to mean the same to a block: content, or of an object its class and parts. Hashable."""
     if depth == 0 or isinstance(value, torch.nn.Module):
         return type(value)
     if isinstance(value, torch.Tensor):
-        if value.is_meta or hasattr(value, "full_tensor"):
-            return (value.shape, value.dtype)
-        return (value.shape, value.dtype, hash(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()))
+        packed = value.numel() > _MANY and not value.dtype.is_floating_point and value.dtype != torch.bool
+        return (value.shape, value.dtype, None if packed else _content(value))
+    if isinstance(value, types.ModuleType):
+        return value
     if isinstance(value, functools.partial):
         value = (value.func, value.args, value.keywords)
     if isinstance(value, types.MethodType):
@@ -220,6 +227,17 @@ def _likeness(value: Any, depth: int = _DEPTH) -> Any:
     except TypeError:
         return type(value)
     return (type(value), value)
+
+
+def _content(tensor: torch.Tensor) -> int | None:
+    """Return a hash of a tensor's bytes, if it gives them away; a sharded one or one on the meta device does not."""
+    if tensor.is_meta or hasattr(tensor, "full_tensor"):
+        return None
+    try:
+        plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().flatten()
+        return hash(plain.view(torch.uint8).numpy().tobytes())
+    except (RuntimeError, TypeError, NotImplementedError):  # a tensor of another kind
+        return None
 
 
 def _closed_over(function: types.FunctionType) -> list[Any]:

@@ -197,7 +197,8 @@ class ModelState:
 
     def changed(self, since: tuple[tuple[int, str, Hashable], ...]) -> list[str]:
         """Return the names of the attributes that are others than in the first part of an earlier key."""
-        return sorted({f"{type(self._inlined[number]).__name__}.{name}" for number, name, _ in set(since) ^ set(self.key()[0])})
+        others = set(since) ^ set(self.key()[0])
+        return sorted({f"{type(self._inlined[number]).__name__}.{name}" for number, name, _ in others if name != "training"})
 
 
 def settings(module: torch.nn.Module) -> Iterator[tuple[str, Hashable]]:

@@ -260,7 +260,7 @@ def record(model: torch.nn.Module, call: Call, forward: Callable[..., Any]) -> R
         leaves = {id(frame.module): frame.module for frame in built.frames.values()}
         covered = {id(inner) for leaf in leaves.values() for inner in leaf.modules()}
         inlined = [module for module in own_modules(model).values() if id(module) not in covered]
-        state = ModelState(inlined, leaves.values())
+        state, training = ModelState(inlined, leaves.values()), [module.training for module in inlined]
         flow = _flow(recorder, root, inputs, blocks, built)
         recording = Recording(built.graph, built.constants, built.output, calls, state, state.key(), flow=flow)
         recording.held = _held(model, built.constants)
@@ -269,7 +269,8 @@ def record(model: torch.nn.Module, call: Call, forward: Callable[..., Any]) -> R
         del recorder, root, args, kwargs, tensors, inputs
         _verify(recording, model, call, forward, partial(rewind, frozenset(map(id, inlined))), places)
         rewind()
-        recording.state_key = state.key()
+        if training == [module.training for module in inlined]:  # else another thread has switched it, and what was recorded is the former
+            recording.state_key = state.key()
     return recording
 
 
@@ -326,7 +327,7 @@ def _verify(
                 "model cannot be recorded. Move that part into a submodule, which is kept whole."
             ) from None
     recording.samples = reference.samples
-    _check_effects(recording, model, call, reference, settled)
+    _check_effects(recording, model, call, forward, rewind, reference, settled)
     _, wanted, _ = flatten((reference.output, reference.left))
     _, got, _ = flatten((actual, given))
     if len(wanted) == len(got) and all(map(equal, wanted, got)):
@@ -341,7 +342,13 @@ def _verify(
 
 
 def _check_effects(
-    recording: Recording, model: torch.nn.Module, call: Call, reference: Reference, settled: tuple[tuple[int, str, Hashable], ...]
+    recording: Recording,
+    model: torch.nn.Module,
+    call: Call,
+    forward: Callable[..., Any],
+    rewind: Rewind,
+    reference: Reference,
+    settled: tuple[tuple[int, str, Hashable], ...],
 ) -> None:
     """Refuse what a run of the model does, and a run of its graph would not do or not undo."""
     name = type(model).__name__
@@ -353,6 +360,10 @@ def _check_effects(
         )
     now = foreign_random()
     drawn = [module for module, state in reference.random.items() if now.get(module, state) != state]
+    if drawn:  # by the forward, if it does so again; by another thread, if not
+        rewind()
+        again = reference_run(call, reference.tensors, forward, {}).random
+        drawn = [module for module in drawn if again.get(module) == reference.random[module]]
     if drawn:
         raise TraceError(
             f"The forward of {name} draws from {' and '.join(drawn)}, and a recording would repeat what was drawn once. Draw with "

@@ -43,7 +43,9 @@ def undisturbed(model: torch.nn.Module, device: torch.device) -> Iterator[Rewind
     """Restore random states, buffers and plain attributes at the end; the yielded function does so in between. Caches stand aside."""
     start, foreign = rng_state(device), _foreign_states()
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    attributes = [_Attribute(module, name, key) for module in own_modules(model).values() for name, key in settings(module)]
+    # Whether a module trains is no doing of its forward; another thread may switch it meanwhile.
+    settled = ((module, name, key) for module in own_modules(model).values() for name, key in settings(module) if name != "training")
+    attributes = [_Attribute(*each) for each in settled]
 
     def rewind(keep: Collection[int] = ()) -> None:
         set_rng_state(start, device)
@@ -89,9 +91,9 @@ class _Attribute:
         now = plain(vars(self.module).get(self.name))
         if self.value is None or now is None or now == self.key:
             return
-        if isinstance(self.value, list):  # the very object, which others may share
+        if type(self.value) is list:  # the very object, which others may share
             self.value[:] = copy.deepcopy(self.content)
-        elif isinstance(self.value, dict):
+        elif type(self.value) is dict:
             self.value.clear()
             self.value.update(copy.deepcopy(self.content))
         vars(self.module)[self.name] = self.value

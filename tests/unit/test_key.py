@@ -8,6 +8,7 @@ from collections import OrderedDict, defaultdict
 import numpy as np
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
 import diffcr_surgery as dcs
@@ -399,3 +400,44 @@ def test_what_was_captured_can_be_planned_with(kind):
     assert len(dcs.plan(model, seen.inputs).routed_sites) == 1
     recorded = trace(model, seen.inputs)
     assert torch.equal(recorded.run(*recorded.call.args, **recorded.call.kwargs), wanted)
+
+
+def test_training_that_another_thread_switches_meanwhile_stays_switched():
+    class Switched(nn.Sequential):
+        """Switched off in the midst of its first run, as by another thread."""
+
+        def forward(self, x):
+            for layer in self:
+                layer.eval()
+            return super().forward(x)
+
+    model = Switched(nn.Linear(4, 4), nn.GELU()).train()
+    dcs.trace(model, (torch.randn(2, 4),))
+    assert model.training and not any(layer.training for layer in model)
+
+
+def test_random_numbers_that_another_thread_draws_meanwhile_are_none_of_the_forward():
+    class Disturbed(nn.Linear):
+        """Every run finds the generator moved on by another number of draws, as no forward of its own would."""
+
+        runs = 0
+
+        def forward(self, x):
+            Disturbed.runs += 1
+            for _ in range(Disturbed.runs):
+                random.random()
+            return torch.tanh(super().forward(x))
+
+    dcs.trace(nn.Sequential(Disturbed(4, 4)), (torch.randn(2, 4),))
+
+
+def test_settings_that_allow_no_update_are_put_back():
+    class Registering(nn.Linear):
+        def forward(self, x):
+            self.config = FrozenDict(calls=len(getattr(self, "config", ())) + 1)
+            return super().forward(x)
+
+    model = nn.Sequential(Registering(4, 4), nn.GELU())
+    model[0].config = FrozenDict(calls=0)
+    dcs.trace(model, (torch.randn(2, 4),))
+    assert model[0].config == FrozenDict(calls=0)

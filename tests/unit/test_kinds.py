@@ -92,3 +92,18 @@ def test_blocks_that_are_alike_are_proven_once(how: str) -> None:
     recorded = Trace(model, (torch.randn(2, TOKENS, 3),))
     assert len({block.kind for block in recorded.recording.blocks.values()}) == 1
     assert all(call.alignment.routable for call in site_calls(recorded.recording))
+
+
+def test_conjugates_and_packed_weights_are_no_obstacle() -> None:
+    """Two blocks with packed weights of their own are of one kind."""
+
+    class Packed(Block):
+        def __init__(self) -> None:
+            super().__init__(None)
+            self.angles = torch.randn(4, dtype=torch.complex64).conj()
+            self.register_buffer("packed", torch.randint(256, (300, 300), dtype=torch.uint8))
+
+    blocks = [Packed(), Packed()]
+    blocks[1].angles = blocks[0].angles
+    recorded = Trace(Model(*blocks).eval(), (torch.randn(2, TOKENS, 3),))
+    assert len({block.kind for block in recorded.recording.blocks.values()}) == 1

@@ -206,9 +206,9 @@ def plan_blocks(model: torch.nn.Module, example_inputs: Any, config: DiffCRConfi
 
 
 def modules_of(model: torch.nn.Module, classes: Collection[str]) -> tuple[tuple[str, frozenset[tuple[int, ...]]], ...]:
-    """Return path and shapes of the weights of every module whose class has one of these names."""
+    """Return path and shapes of the weights, LoRA's apart, of every module whose class has one of these names."""
     own = ((path, module) for path, module in model.named_modules() if type(module).__name__ in classes)
-    return tuple((path, frozenset(tuple(p.shape) for p in module.parameters())) for path, module in own)
+    return tuple((path, frozenset(tuple(p.shape) for name, p in m.named_parameters() if "lora_" not in name)) for path, m in own)
 
 
 def _uniform_ratio(config: DiffCRConfig, costs: tuple[tuple[float, ...], ...]) -> float:

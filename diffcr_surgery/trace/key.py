@@ -18,6 +18,8 @@ from diffcr_surgery.trace.recorder import autocast_state, has_hooks
 __all__ = [
     "Call",
     "ModelState",
+    "Settings",
+    "StateKey",
     "bind_call",
     "check_arguments",
     "copies",
@@ -177,6 +179,10 @@ def input_key(call: Call) -> Hashable:
     return (freeze(call.template), layouts, torch.is_grad_enabled(), autocast_state(device), torch.backends.mha.get_fastpath_enabled())
 
 
+Settings = tuple[tuple[int, str, Hashable], ...]  # number of the module, name and key of an attribute
+StateKey = tuple[Settings, Hashable]
+
+
 class ModelState:
     """The part of a model's state that its recorded forward may have read without a trace.
 
@@ -188,14 +194,14 @@ class ModelState:
         self._inlined = list(inlined)
         self._leaves = list(leaves)
 
-    def key(self) -> tuple[tuple[tuple[int, str, Hashable], ...], Hashable]:
+    def key(self) -> StateKey:
         """Return the present state as a hashable value."""
         attributes = tuple((number, name, key) for number, module in enumerate(self._inlined) for name, key in settings(module))
         first = map(_first_parameter, self._leaves)
         hooks = tuple(map(has_hooks, self._inlined[1:]))  # the first is the model itself, whose hooks run around the graph
         return attributes, (hooks, tuple((p.dtype, p.device) for p in first if p is not None))
 
-    def changed(self, since: tuple[tuple[int, str, Hashable], ...]) -> list[str]:
+    def changed(self, since: Settings) -> list[str]:
         """Return the names of the attributes that are others than in the first part of an earlier key."""
         others = set(since) ^ set(self.key()[0])
         return sorted({f"{type(self._inlined[number]).__name__}.{name}" for number, name, _ in others if name != "training"})

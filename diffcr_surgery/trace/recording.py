@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from diffcr_surgery._tree import fill, flatten
 from diffcr_surgery.errors import TraceError
 from diffcr_surgery.trace.blocks import block_candidates, block_kind
 from diffcr_surgery.trace.builder import BuiltGraph, StaleRecordingError, build, build_flow, expect
-from diffcr_surgery.trace.key import Call, ModelState, check_arguments, copies, input_key, model_device
+from diffcr_surgery.trace.key import Call, ModelState, Settings, StateKey, check_arguments, copies, input_key, model_device
 from diffcr_surgery.trace.recorder import Frame, Recorder, rng_state
 from diffcr_surgery.trace.reference import OUT_OF_MEMORY, BlockSample, Place, Reference, perturbed_run, reference_run, run_call
 from diffcr_surgery.trace.undisturbed import Rewind, equal, foreign_random, own_modules, set_rng_state, undisturbed
@@ -105,7 +106,7 @@ class Recording:
     output: Any
     blocks: dict[fx.Node, BlockCall]
     state: ModelState
-    state_key: Hashable
+    state_key: StateKey
     samples: dict[Hashable, BlockSample] = field(default_factory=dict)
     derived: Any = None
     flow: Flow | None = None
@@ -224,6 +225,13 @@ class Recordings:
     def _store(self, key: Hashable, recording: Recording) -> None:
         variants = self._entries.setdefault(key, [])
         variants.insert(0, recording)
+        changing = recording.state.changed(variants[-1].state_key[0]) if len(variants) > MAX_VARIANTS else []
+        if changing:
+            warnings.warn(
+                f"{', '.join(changing)}: changed from call to call, and the model is recorded anew each time, since its forward may read "
+                "that. Keep what is no setting outside the model, or in a tensor.",
+                stacklevel=2,
+            )
         del variants[MAX_VARIANTS:]
         self._entries.move_to_end(key)
         while len(self._entries) > MAX_RECORDINGS:
@@ -348,7 +356,7 @@ def _check_effects(
     forward: Callable[..., Any],
     rewind: Rewind,
     reference: Reference,
-    settled: tuple[tuple[int, str, Hashable], ...],
+    settled: Settings,
 ) -> None:
     """Refuse what a run of the model does, and a run of its graph would not do or not undo."""
     name = type(model).__name__

@@ -16,6 +16,7 @@ from diffcr_surgery import trace
 from diffcr_surgery._tree import fill, flatten, freeze, map_leaves
 from diffcr_surgery.errors import TraceError
 from diffcr_surgery.trace.key import copies, device_of, model_device
+from diffcr_surgery.trace.recording import MAX_VARIANTS
 
 
 class Scale(nn.Module):
@@ -441,3 +442,15 @@ def test_settings_that_allow_no_update_are_put_back():
     model[0].config = FrozenDict(calls=0)
     dcs.trace(model, (torch.randn(2, 4),))
     assert model[0].config == FrozenDict(calls=0)
+
+
+def test_a_setting_that_changes_at_every_call_is_warned_of():
+    """It cannot be told from a switch, so that each call is recorded anew, which takes many times as long."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.GELU()), torch.randn(2, 4)
+    recorded = dcs.trace(model, (x,))
+    for step in range(MAX_VARIANTS - 1):
+        model._metrics = {"loss": 0.1 * step}
+        recorded.run(x)
+    model._metrics = {"loss": -1.0}
+    with pytest.warns(UserWarning, match="Sequential._metrics: changed from call to call"):
+        recorded.run(x)

@@ -8,7 +8,6 @@ import operator
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, fx
 
 from diffcr_surgery._shards import is_sharded
@@ -22,6 +21,7 @@ from diffcr_surgery.detect import Lineage, latent_inputs, named_leaves, residual
 from diffcr_surgery.errors import PatternError, SurgeryError
 from diffcr_surgery.patterns import BlockPattern, pattern_of
 from diffcr_surgery.tokens import Spans
+from diffcr_surgery.trace.key import device_of
 from diffcr_surgery.trace.recorder import rng_state
 from diffcr_surgery.trace.recording import BlockCall, Flow, Recording, set_rng_state
 
@@ -67,7 +67,7 @@ def site_calls(recording: Recording, hints: Mapping[tuple[str, int], Hint] | Non
     if recording.flow is None:
         raise SurgeryError("This recording was aligned before; record the model anew.")
     tensors = (t for sample in recording.samples.values() for t in flatten((sample.args, sample.kwargs))[1])
-    device = next((t.device for t in tensors), torch.device("cpu"))
+    device = device_of(tensors)
     start = rng_state(device)
     try:
         return _site_calls(recording, recording.flow, hints or {})

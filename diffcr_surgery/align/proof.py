@@ -18,6 +18,7 @@ from diffcr_surgery._tree import fill, flatten, map_leaves
 from diffcr_surgery.axes import parse_axes
 from diffcr_surgery.caches import bare_copy
 from diffcr_surgery.tokens import gather_each, gather_tokens, per_sample, sample_axes
+from diffcr_surgery.trace.key import device_of
 from diffcr_surgery.trace.perturb import generator, normal
 from diffcr_surgery.trace.recording import OUT_OF_MEMORY
 from diffcr_surgery.trace.undisturbed import equal
@@ -77,7 +78,7 @@ class Subject:
         template = map_leaves(template, lambda path, leaf: off.get(path, leaf))
         failure: Exception | None = None
         for upcast, shake in ((True, True), (False, True), (True, False), (False, False)):
-            twin = _shaken_copy(block, upcast, _device(tensors))
+            twin = _shaken_copy(block, upcast, device_of(tensors))
             trial = [_shaken(t, generator(i + 1), upcast) if shake else _raised(t, upcast) for i, t in enumerate(tensors)]
             given = [t.clone() for t in trial]
             try:
@@ -96,7 +97,7 @@ class Subject:
     def again(self) -> Iterator[Subject]:
         """Yield the same with two more draws of permutations, arguments and, shaken less, weights, as far as the block can take them."""
         for draw in (1, 2):
-            twin = _shaken_copy(self.original, self.upcast, _device(self.tensors), draw, by=0.5)
+            twin = _shaken_copy(self.original, self.upcast, device_of(self.tensors), draw, by=0.5)
             other = self.on((_shaken(t, generator(1000 * draw + i), upcast=False) for i, t in enumerate(self.tensors)), twin)
             if other is not None:
                 yield replace(other, draw=draw)
@@ -240,7 +241,7 @@ def _causal_flags(block: nn.Module, template: Any, tensors: list[Tensor]) -> dic
     map_leaves(template, lambda path, leaf: found.update({path: False}) if leaf is True and path.endswith("is_causal") else None)
     if not found:
         return {}
-    twin = bare_copy(block, _device(tensors)).eval()
+    twin = bare_copy(block, device_of(tensors)).eval()
     without = map_leaves(template, lambda path, leaf: found.get(path, leaf))
     _, flagged = _call(twin, template, [t.clone() for t in tensors])
     _, masked = _call(twin, without, [t.clone() for t in tensors])
@@ -297,10 +298,6 @@ def _level(t: Tensor, axes: set[int]) -> Tensor:
         one = t.narrow(axis, 0, 1) if t.is_complex() else t.amax(axis, keepdim=True)
         t = one.expand_as(t)
     return t.contiguous()
-
-
-def _device(tensors: Sequence[Tensor]) -> torch.device:
-    return tensors[0].device if tensors else torch.device("cpu")
 
 
 def _shaken_copy(block: nn.Module, upcast: bool, device: torch.device, seed: int = 0, by: float = 1.0) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from diffcr_surgery._tree import flatten, map_leaves
 from diffcr_surgery.align import Alignment
 from diffcr_surgery.caches import bare_copy
+from diffcr_surgery.trace.key import device_of
 from diffcr_surgery.trace.recording import OUT_OF_MEMORY, BlockSample
 
 __all__ = ["has_no_residual"]
@@ -23,7 +24,7 @@ def has_no_residual(sample: BlockSample, found: Alignment) -> bool | None:
     Returns:
         Whether it has none; ``None`` where zero weights make no sense: a weight norm, say, divides by them.
     """
-    twin = bare_copy(sample.module, flatten((sample.args, sample.kwargs))[1][0].device).eval()
+    twin = bare_copy(sample.module, device_of(flatten((sample.args, sample.kwargs))[1])).eval()
     args, kwargs = map_leaves((sample.args, sample.kwargs), lambda _, leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
     try:
         for name, weight in twin.named_parameters():

@@ -140,8 +140,8 @@ def _check_fits(model: torch.nn.Module, planned: SurgeryPlan) -> None:
     wrong = [path for path in {**wanted, **present} if path not in wanted or not wanted[path] <= present.get(path, frozenset())]
     if wrong:
         raise ConversionError(
-            f"The plan was made for a model of another size: it knows no {type(model).__name__} whose {wrong[0]} is what it is here; plan "
-            "again for it."
+            f"The plan was made for another {type(model).__name__}: {wrong[0]} is not in both, or has weights of other shapes here. Call "
+            "plan(model, example_inputs) on this model."
         )
     if getattr(vars(model).get("forward"), "__func__", None) is type(model).forward:  # hooks that are off leave it behind
         del model.forward

@@ -203,8 +203,9 @@ class ModelState:
 
     def changed(self, since: Settings) -> list[str]:
         """Return the names of the attributes that are others than in the first part of an earlier key."""
-        others = set(since) ^ set(self.key()[0])
-        return sorted({f"{type(self._inlined[number]).__name__}.{name}" for number, name, _ in others if name != "training"})
+        others = {(number, name) for number, name, _ in set(since) ^ set(self.key()[0]) if name != "training"}
+        # The earlier key may be that of a recording which kept fewer modules whole.
+        return sorted({f"{type(self._inlined[number]).__name__}.{name}" for number, name in others if number < len(self._inlined)})
 
 
 def settings(module: torch.nn.Module) -> Iterator[tuple[str, Hashable]]:

@@ -225,17 +225,18 @@ class Recordings:
     def _store(self, key: Hashable, recording: Recording) -> None:
         variants = self._entries.setdefault(key, [])
         variants.insert(0, recording)
-        changing = recording.state.changed(variants[-1].state_key[0]) if len(variants) > MAX_VARIANTS else []
+        crowded, oldest = len(variants) > MAX_VARIANTS, variants[-1]
+        del variants[MAX_VARIANTS:]
+        self._entries.move_to_end(key)
+        while len(self._entries) > MAX_RECORDINGS:
+            self._entries.popitem(last=False)
+        changing = recording.state.changed(oldest.state_key[0]) if crowded else []
         if changing:
             warnings.warn(
                 f"{', '.join(changing)}: changed from call to call, and the model is recorded anew each time, since its forward may read "
                 "that. Keep what is no setting outside the model, or in a tensor.",
                 stacklevel=2,
             )
-        del variants[MAX_VARIANTS:]
-        self._entries.move_to_end(key)
-        while len(self._entries) > MAX_RECORDINGS:
-            self._entries.popitem(last=False)
 
 
 def record(model: torch.nn.Module, call: Call, forward: Callable[..., Any]) -> Recording:

@@ -403,3 +403,4 @@ def test_a_setting_that_changes_at_every_call_is_warned_of():
     model._metrics = {"loss": -1.0}
     with pytest.warns(UserWarning, match="Sequential._metrics: changed from call to call"):
         recorded.run(x)
+    assert len(recorded) == MAX_VARIANTS

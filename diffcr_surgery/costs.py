@@ -17,7 +17,8 @@ from diffcr_surgery.errors import ConfigError
 from diffcr_surgery.rewrite import Decision, RoutedCall, RouteTokens
 from diffcr_surgery.router import Router
 from diffcr_surgery.trace.key import Call, model_device
-from diffcr_surgery.trace.recording import Recording, undisturbed
+from diffcr_surgery.trace.recording import Recording
+from diffcr_surgery.trace.undisturbed import undisturbed
 
 __all__ = ["site_costs"]
 

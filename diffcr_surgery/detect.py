@@ -18,7 +18,7 @@ from torch import fx
 
 from diffcr_surgery._tree import Slot, map_leaves
 from diffcr_surgery.tokens import Spans
-from diffcr_surgery.trace.recording import OUT_OF_MEMORY
+from diffcr_surgery.trace.reference import OUT_OF_MEMORY
 
 __all__ = ["MOVES", "Lineage", "bound_arguments", "function_of", "latent_inputs", "named_leaves", "residual_after", "spans"]
 

@@ -17,7 +17,8 @@ from diffcr_surgery.errors import TimestepError
 from diffcr_surgery.split import Splitting, join, places, rows_of, select
 from diffcr_surgery.trace.key import Call, model_device
 from diffcr_surgery.trace.perturb import generator
-from diffcr_surgery.trace.recording import OUT_OF_MEMORY, run_call, undisturbed
+from diffcr_surgery.trace.reference import OUT_OF_MEMORY, run_call
+from diffcr_surgery.trace.undisturbed import undisturbed
 
 __all__ = ["find_splitting"]
 

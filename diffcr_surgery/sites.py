@@ -23,7 +23,8 @@ from diffcr_surgery.patterns import BlockPattern, pattern_of
 from diffcr_surgery.tokens import Spans
 from diffcr_surgery.trace.key import device_of
 from diffcr_surgery.trace.recorder import rng_state
-from diffcr_surgery.trace.recording import BlockCall, Flow, Recording, set_rng_state
+from diffcr_surgery.trace.recording import BlockCall, Flow, Recording
+from diffcr_surgery.trace.undisturbed import set_rng_state
 
 __all__ = ["Hint", "SiteCall", "site_calls"]
 

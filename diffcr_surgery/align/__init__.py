@@ -22,7 +22,7 @@ from diffcr_surgery.align.proof import Subject
 from diffcr_surgery.axes import parse_axes
 from diffcr_surgery.detect import named_leaves
 from diffcr_surgery.tokens import keep_tokens, kept_count, rank_tokens
-from diffcr_surgery.trace.recording import OUT_OF_MEMORY, BlockSample
+from diffcr_surgery.trace.reference import OUT_OF_MEMORY, BlockSample
 
 __all__ = ["Alignment", "align_block"]
 

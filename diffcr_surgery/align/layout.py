@@ -14,7 +14,8 @@ from torch import Tensor, fx
 
 from diffcr_surgery.align.proof import Subject
 from diffcr_surgery.detect import MOVES, Lineage, function_of, latent_inputs, named_leaves
-from diffcr_surgery.trace.recording import OUT_OF_MEMORY, BlockCall, BlockSample, Flow, Recording
+from diffcr_surgery.trace.recording import BlockCall, Flow, Recording
+from diffcr_surgery.trace.reference import OUT_OF_MEMORY, BlockSample
 
 __all__ = ["Layouts"]
 

@@ -12,7 +12,7 @@ from diffcr_surgery.align import Alignment
 from diffcr_surgery.align.candidates import complete, prefix_of
 from diffcr_surgery.axes import Axes, parse_axes
 from diffcr_surgery.detect import named_leaves
-from diffcr_surgery.trace.recording import BlockSample
+from diffcr_surgery.trace.reference import BlockSample
 
 __all__ = ["align_as_planned"]
 

@@ -20,7 +20,7 @@ from diffcr_surgery.caches import bare_copy
 from diffcr_surgery.tokens import gather_each, gather_tokens, per_sample, sample_axes
 from diffcr_surgery.trace.key import device_of
 from diffcr_surgery.trace.perturb import generator, normal
-from diffcr_surgery.trace.recording import OUT_OF_MEMORY
+from diffcr_surgery.trace.reference import OUT_OF_MEMORY
 from diffcr_surgery.trace.undisturbed import equal
 
 __all__ = ["Subject", "tolerance"]

@@ -9,7 +9,7 @@ from diffcr_surgery._tree import flatten, map_leaves
 from diffcr_surgery.align import Alignment
 from diffcr_surgery.caches import bare_copy
 from diffcr_surgery.trace.key import device_of
-from diffcr_surgery.trace.recording import OUT_OF_MEMORY, BlockSample
+from diffcr_surgery.trace.reference import OUT_OF_MEMORY, BlockSample
 
 __all__ = ["has_no_residual"]
 

@@ -16,7 +16,7 @@ from diffcr_surgery.errors import NonFiniteError
 from diffcr_surgery.tokens import per_sample
 from diffcr_surgery.trace.key import device_of
 from diffcr_surgery.trace.recorder import rng_state
-from diffcr_surgery.trace.recording import set_rng_state
+from diffcr_surgery.trace.undisturbed import set_rng_state
 
 __all__ = [
     "blend",

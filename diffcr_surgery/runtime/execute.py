@@ -26,7 +26,8 @@ from diffcr_surgery.split import given, join, refused, select
 from diffcr_surgery.tokens import staying_count
 from diffcr_surgery.trace.key import Call, model_device
 from diffcr_surgery.trace.recorder import rng_state
-from diffcr_surgery.trace.recording import Recording, compile_graph, set_rng_state
+from diffcr_surgery.trace.recording import Recording, compile_graph
+from diffcr_surgery.trace.undisturbed import set_rng_state
 
 __all__ = ["Prepared", "Step", "answer", "costs_of", "prepare"]
 

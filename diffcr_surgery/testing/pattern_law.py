@@ -17,7 +17,7 @@ from diffcr_surgery.detect import named_leaves
 from diffcr_surgery.patterns import BlockPattern, names_class
 from diffcr_surgery.testing.by_hand import gather
 from diffcr_surgery.testing.compare import LawError, first_difference
-from diffcr_surgery.trace.recording import BlockSample
+from diffcr_surgery.trace.reference import BlockSample
 
 __all__ = ["check_pattern"]
 

@@ -23,7 +23,8 @@ from torch import fx
 
 from diffcr_surgery.errors import SurgeryError, TraceError
 from diffcr_surgery.trace.key import bind_call, copies, example_call, input_key
-from diffcr_surgery.trace.recording import OUT_OF_MEMORY, Recording, Recordings
+from diffcr_surgery.trace.recording import Recording, Recordings
+from diffcr_surgery.trace.reference import OUT_OF_MEMORY
 
 __all__ = ["Trace", "trace"]
 

@@ -19,21 +19,16 @@ from diffcr_surgery.trace.blocks import block_candidates, block_kind
 from diffcr_surgery.trace.builder import BuiltGraph, StaleRecordingError, build, build_flow, expect
 from diffcr_surgery.trace.key import Call, ModelState, Settings, StateKey, check_arguments, copies, input_key, model_device
 from diffcr_surgery.trace.recorder import Frame, Recorder, rng_state
-from diffcr_surgery.trace.reference import OUT_OF_MEMORY, BlockSample, Place, Reference, perturbed_run, reference_run, run_call
+from diffcr_surgery.trace.reference import BlockSample, Place, Reference, perturbed_run, reference_run
 from diffcr_surgery.trace.undisturbed import Rewind, equal, foreign_random, own_modules, set_rng_state, undisturbed
 
 __all__ = [
-    "OUT_OF_MEMORY",
     "BlockCall",
-    "BlockSample",
     "Flow",
     "Recording",
     "Recordings",
     "compile_graph",
     "record",
-    "run_call",
-    "set_rng_state",
-    "undisturbed",
 ]
 
 MAX_RECORDINGS = 64

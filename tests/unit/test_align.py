@@ -12,7 +12,7 @@ from diffcr_surgery.align import align_block
 from diffcr_surgery.align.proof import _permutations, tolerance
 from diffcr_surgery.detect import named_leaves
 from diffcr_surgery.testing.denoisers import Architecture, Denoiser
-from diffcr_surgery.trace.recording import BlockSample
+from diffcr_surgery.trace.reference import BlockSample
 
 WIDTH = 8
 

@@ -7,11 +7,27 @@ import dataclasses
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["Identity", "Leaf", "Slot", "bind", "fill", "flatten", "freeze", "is_dataclass_value", "map_leaves", "plain", "plain_attributes"]
+__all__ = [
+    "Identity",
+    "Leaf",
+    "Slot",
+    "by_name",
+    "fill",
+    "flatten",
+    "freeze",
+    "is_dataclass_value",
+    "leaves_of",
+    "map_leaves",
+    "map_tensors",
+    "plain",
+    "plain_attributes",
+]
+
+T = TypeVar("T")
 
 _PLAIN = frozenset({bool, int, float, complex, str, type(None), torch.dtype, torch.device})
 MANY = 64  # entries; a container of more is data and no setting, and too long to compare at every call
@@ -93,6 +109,23 @@ def _with_attributes(value: Any, attributes: dict[str, Any]) -> Any:
     return twin
 
 
+def map_tensors(tree: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+    """Rebuild ``tree`` with ``change(tensor)`` in place of each tensor."""
+    return map_leaves(tree, lambda _, leaf: change(leaf) if isinstance(leaf, torch.Tensor) else leaf)
+
+
+def leaves_of(tree: Any, kind: type[T]) -> list[tuple[str, T]]:
+    """Return dotted path and leaf for every leaf of one type in ``tree``, in order."""
+    found: list[tuple[str, T]] = []
+
+    def visit(path: str, leaf: Any) -> None:
+        if isinstance(leaf, kind):
+            found.append((path, leaf))
+
+    map_leaves(tree, visit)
+    return found
+
+
 def flatten(tree: Any) -> tuple[list[str], list[torch.Tensor], Any]:
     """Take the tensors out of ``tree``.
 
@@ -162,8 +195,10 @@ def plain_attributes(value: Any) -> tuple[tuple[str, Hashable], ...]:
     return tuple((name, key) for name, key in found if key is not None)
 
 
-def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
-    """Bind a call to ``signature`` with defaults filled in, so that equal calls look equal."""
-    bound = signature.bind(*args, **kwargs)
-    bound.apply_defaults()
-    return bound
+def by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """Return the arguments of a bound call by name; those that ``**kwargs`` takes up, by their own."""
+    arguments: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        spread = bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+        arguments |= value if spread else {name: value}
+    return arguments

@@ -76,14 +76,13 @@ def check_caches(model: nn.Module, altered: Mapping[str, bool], parts: int = 1) 
     """
     if parts > 1:
         _check_unsplit(model, parts)
-    if getattr(vars(model).get(_REGISTRY), "hooks", None):
-        for name, hook, _ in _cache_hooks(model):
-            if getattr(hook, "use_stack_boundary", False):
-                raise _around(name, hook, type(model).__name__)
+    for name, hook, _ in _cache_hooks(model):
+        if getattr(hook, "use_stack_boundary", False):
+            raise _around(name, hook, type(model).__name__)
     for path, moves in altered.items():
         block = model
         for step in path.split("."):
-            if block is not model and _REGISTRY in vars(block):
+            if block is not model:
                 for name, hook, _ in _cache_hooks(block):
                     raise _around(name, hook, path)
             inner = block._modules.get(step)

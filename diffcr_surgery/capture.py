@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from diffcr_surgery._tree import map_leaves
+from diffcr_surgery._tree import map_tensors
 from diffcr_surgery.errors import TraceError
 from diffcr_surgery.trace.key import bind_call
 
@@ -53,11 +53,7 @@ def capture_inputs(model: torch.nn.Module) -> Iterator[CapturedInputs]:
     def note(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         if threading.get_ident() == thread:
             call = bind_call(module.forward, args, kwargs)
-            copy = lambda _, leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf  # noqa: E731
-            seen.calls.append(map_leaves(call.arguments, copy))
+            seen.calls.append(map_tensors(call.arguments, lambda tensor: tensor.detach().clone()))
 
-    handle = model.register_forward_pre_hook(note, prepend=True, with_kwargs=True)
-    try:
+    with model.register_forward_pre_hook(note, prepend=True, with_kwargs=True):
         yield seen
-    finally:
-        handle.remove()

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from diffcr_surgery.errors import ConfigError
+
 __all__ = ["main"]
 
 _EXTRAS = ("diffusers", "matplotlib", "rich", "sklearn", "timm")
@@ -22,16 +24,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
-        run: int = options.run(options)
+        options.run(options)
+    except ConfigError as error:
+        return _fail(str(error))
     except ModuleNotFoundError as error:
         library = (error.name or "").partition(".")[0]
         if library not in _EXTRAS:
             raise
         return _fail(f"the {options.command} needs {library}, which is not installed. Run: pip install 'diffcr_surgery[all]'")
-    return run
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,53 +73,47 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _demo(options: argparse.Namespace) -> int:
+def _demo(options: argparse.Namespace) -> None:
     # Imported here, so that `--help` neither waits for these libraries nor needs them.
     from diffcr_surgery.demo.run import run_demo
 
-    unwritable = _make_folder(options.out)  # before the minutes of training, not after
-    if unwritable:
-        return _fail(unwritable)
+    _make_folder(options.out)  # before the minutes of training, not after
     run_demo(options.out, quick=options.quick, seed=options.seed)
-    return 0
 
 
-def _bench(options: argparse.Namespace) -> int:
+def _bench(options: argparse.Namespace) -> None:
     from diffcr_surgery.bench.run import BASELINE, Settings, run_bench
-    from diffcr_surgery.errors import ConfigError
 
-    try:
-        settings = Settings(
-            model=options.model,
-            tokens=options.tokens,
-            ratios=tuple(options.ratio),
-            layers=options.layers,
-            batch=options.batch,
-            device=options.device,
-            dtype=options.dtype,
-            compile=options.compile,
-            rounds=options.rounds,
-            break_even=options.break_even,
-            baseline=options.baseline or BASELINE,
-        )
-    except ConfigError as error:
-        return _fail(str(error))
-    unwritable = _make_folder(options.out)
-    if unwritable:
-        return _fail(unwritable)
+    settings = Settings(
+        model=options.model,
+        tokens=options.tokens,
+        ratios=tuple(options.ratio),
+        layers=options.layers,
+        batch=options.batch,
+        device=options.device,
+        dtype=options.dtype,
+        compile=options.compile,
+        rounds=options.rounds,
+        break_even=options.break_even,
+        baseline=options.baseline or BASELINE,
+    )
+    _make_folder(options.out)
     run_bench(settings, options.out)
-    return 0
 
 
-def _make_folder(out: Path) -> str:
-    """Make the folder and try to write into it; return what is wrong if that cannot be done."""
+def _make_folder(out: Path) -> None:
+    """Make the folder and try to write into it.
+
+    Raises:
+        ConfigError: If that cannot be done.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=out):
             pass
     except OSError as error:
-        return f"cannot write to --out {out}: {error.strerror}. Name a folder that takes files, or a path that is free."
-    return ""
+        why = f"cannot write to --out {out}: {error.strerror}. Name a folder that takes files, or a path that is free."
+        raise ConfigError(why) from error
 
 
 def _fail(message: str) -> int:

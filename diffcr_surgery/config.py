@@ -90,7 +90,7 @@ class DiffCRConfig:
         if not (isinstance(self.timestep_range, str) and self.timestep_range == "auto"):
             object.__setattr__(self, "timestep_range", _range(self.timestep_range))
         _check_bins(self.bins)
-        self._settle_number("max_ratio", 0.0, min(self.bins[-1], 1.0))
+        self._settle_number("max_ratio", 0.0, self.bins[-1])
         if self.max_ratio >= 1.0:
             raise ConfigError("max_ratio=1.0 would let a block lose every token; choose a value below 1, such as 0.9.")
         self._settle_number("target_ratio", 0.0, self.max_ratio)
@@ -110,7 +110,7 @@ class DiffCRConfig:
             raise ConfigError(f'timestep_argument={shown(self.timestep_argument)}: expected the name of a forward argument, or "auto".')
         if not isinstance(self.learn_ratios, bool):
             raise ConfigError(f"learn_ratios={shown(self.learn_ratios)}: expected True or False.")
-        _check_expression("blocks", self.blocks)
+        _check_blocks(self.blocks)
 
     def _settle_number(self, name: str, low: float, high: float) -> None:
         value = _number(getattr(self, name))
@@ -195,14 +195,14 @@ def _weights(value: Any, regions: int) -> tuple[float, ...]:
 
 def _check_bins(bins: tuple[float, ...]) -> None:
     rising = all(b - a >= CLOSEST_BINS for a, b in itertools.pairwise(bins))
-    if not 2 <= len(bins) <= MOST or bins[0] != 0.0 or not rising or not all(0.0 <= b <= 1.0 for b in bins):
+    if not 2 <= len(bins) <= MOST or bins[0] != 0.0 or not rising or bins[-1] > 1.0:
         raise ConfigError(
             f"bins={shown(bins)}: expected at least two rising ratios in [0, 1], the first 0, at least {CLOSEST_BINS:g} apart, and at most "
             f"{MOST}."
         )
 
 
-def _check_expression(name: str, value: Any) -> None:
+def _check_blocks(value: Any) -> None:
     problem = "" if value is None or isinstance(value, str) else f" (a {type(value).__name__})"
     if isinstance(value, str) and len(value) > LONGEST:
         problem = f" (longer than {LONGEST} characters)"
@@ -212,7 +212,7 @@ def _check_expression(name: str, value: Any) -> None:
     except (re.error, ValueError, OverflowError, RecursionError) as error:
         problem = f" ({shown(str(error))})"
     if problem:
-        raise ConfigError(f"{name}={shown(value)}{problem}: expected a regular expression for qualified block names, or None.")
+        raise ConfigError(f"blocks={shown(value)}{problem}: expected a regular expression for qualified block names, or None.")
 
 
 def shown(value: Any) -> str:

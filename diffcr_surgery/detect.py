@@ -10,24 +10,24 @@ from __future__ import annotations
 import inspect
 import itertools
 import operator
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
-from diffcr_surgery._tree import Slot, map_leaves
+from diffcr_surgery._tree import Slot, by_name, leaves_of, map_leaves
 from diffcr_surgery.tokens import Spans
 from diffcr_surgery.trace.reference import OUT_OF_MEMORY
 
-__all__ = ["MOVES", "Lineage", "bound_arguments", "function_of", "latent_inputs", "named_leaves", "residual_after", "spans"]
+__all__ = ["MOVES", "Lineage", "by_sample", "function_of", "latent_inputs", "named_leaves", "residual_after", "sources_of", "spans"]
 
 # These move entries without looking at them, so they work on marks as they do on the tensors.
 MOVES = frozenset(
     """
     cat concat concatenate stack getitem reshape view flatten unflatten permute transpose swapaxes swapdims movedim t chunk split
     split_with_sizes tensor_split unbind narrow select pad expand expand_as repeat repeat_interleave tile squeeze unsqueeze flip roll
-    contiguous clone detach pad_sequence view_as reshape_as broadcast_to hstack vstack T mT setitem copy index_select gather
+    contiguous clone detach pad_sequence view_as reshape_as broadcast_to hstack vstack T mT H mH setitem copy index_select gather
     take_along_dim index_copy index_put scatter where
     """.split()
 )
@@ -57,36 +57,24 @@ def _is_float(node: fx.Node) -> bool:
     return getattr(node.meta.get("dtype"), "is_floating_point", False)
 
 
-def bound_arguments(module: torch.nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
-    """Return a block call's arguments by the names of the block's forward, however they were passed."""
-    bound = inspect.signature(module.forward).bind(*args, **kwargs)
-    arguments: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        kind = bound.signature.parameters[name].kind
-        arguments |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
-    return arguments
-
-
 def named_leaves(module: torch.nn.Module, args: Any, kwargs: Any, kind: type) -> dict[str, tuple[str, Any]]:
     """Return path by argument name -> (path within ``(args, kwargs)``, leaf), for every leaf of a type in a block call."""
-    raw: list[str] = []
-    leaves: list[Any] = []
+    found: list[tuple[str, Any]] = []
 
     def take(path: str, leaf: Any) -> Any:
         if not isinstance(leaf, kind):
             return leaf
-        raw.append(path)
-        leaves.append(leaf)
-        return Slot(len(leaves) - 1)
+        found.append((path, leaf))
+        return Slot(len(found) - 1)
 
-    named: dict[str, tuple[str, Any]] = {}
+    args, kwargs = map_leaves((args, kwargs), take)
+    arguments = by_name(inspect.signature(module.forward).bind(*args, **kwargs))
+    return {path: found[slot.index] for path, slot in leaves_of(arguments, Slot)}
 
-    def visit(path: str, leaf: Any) -> None:
-        if isinstance(leaf, Slot):
-            named[path] = (raw[leaf.index], leaves[leaf.index])
 
-    map_leaves(bound_arguments(module, *map_leaves((args, kwargs), take)), visit)
-    return named
+def sources_of(module: torch.nn.Module, node: fx.Node) -> dict[str, fx.Node]:
+    """Return path by argument name -> node that a block call gets there, in signature order."""
+    return {path: source for path, (_, source) in named_leaves(module, node.args, node.kwargs, fx.Node).items()}
 
 
 class Lineage:
@@ -112,10 +100,9 @@ class Lineage:
         elif node.op in ("call_function", "call_method") and node not in self._marks:  # an item of a block is settled with the block
             self._marks[node] = self._through(node)
 
-    def streams(self, module: torch.nn.Module, node: fx.Node) -> dict[str, torch.Tensor]:
-        """Return path -> mark ``b n`` of a block call's arguments that carry the latent, in signature order."""
-        leaves = named_leaves(module, node.args, node.kwargs, fx.Node)
-        found = {path: self._marks.get(source) for path, (_, source) in leaves.items() if _is_float(source)}
+    def streams(self, sources: Mapping[str, fx.Node]) -> dict[str, torch.Tensor]:
+        """Return path -> mark ``b n`` of those arguments of a block call that carry the latent, in their order."""
+        found = {path: self._marks.get(source) for path, source in sources.items() if _is_float(source)}
         return {path: mark.any(-1) for path, mark in found.items() if isinstance(mark, torch.Tensor) and mark.ndim > 1 and mark.any()}
 
     def carries(self, node: fx.Node) -> bool:
@@ -131,8 +118,8 @@ class Lineage:
 
     def settle_dense(self, module: torch.nn.Module, node: fx.Node) -> None:
         """Take in a block that is not routed: an output shaped like a stream it read carries that on, any other all of the latent."""
-        sources = [self._marks.get(source) for _, source in named_leaves(module, node.args, node.kwargs, fx.Node).values()]
-        marked = [mark for mark in sources if _any(mark) and isinstance(mark, torch.Tensor)]
+        marks = map(self._marks.get, sources_of(module, node).values())
+        marked = [mark for mark in marks if _any(mark) and isinstance(mark, torch.Tensor)]
         for output in self._outputs(node):
             alike = next((mark for mark in marked if tuple(mark.shape) == output.meta.get("shape")), None)
             self._mark(output, bool(marked), alike)
@@ -259,13 +246,15 @@ def _holds(node: fx.Node, sources: set[fx.Node]) -> bool:
 _KEEPS_ZERO = frozenset(
     """
     imul div to type float half bfloat16 contiguous clone dropout getitem view reshape flatten unflatten permute transpose movedim
-    squeeze unsqueeze narrow
+    T mT squeeze unsqueeze narrow
     """.split()
 )
 
 
 def function_of(node: fx.Node) -> str:
-    """Return the short name of the function or method that a node calls."""
+    """Return the short name of the function or method that a node calls, or of the attribute that it reads."""
+    if node.target is getattr:
+        return str(node.args[1])
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return name.strip("_")
 
@@ -291,15 +280,19 @@ def _origins(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def spans(mark: torch.Tensor, batch: int | None) -> Spans:
-    """Return which tokens of a stream do not stem from the latent, for :func:`staying_tokens`.
+def by_sample(mark: torch.Tensor, batch: int | None) -> torch.Tensor:
+    """Return which tokens of a stream stem from the latent, ``b n``.
 
     Args:
-        mark: Which do, ``b n``, ``n b``, or ``n``.
+        mark: The same as the stream has its axes: ``b n``, ``n b``, or ``n``.
         batch: Batch axis.
     """
-    rows = mark[None] if batch is None else mark if batch == 0 else mark.T
-    found = tuple(_runs(row) for row in rows.logical_not().tolist())
+    return mark[None] if batch is None else mark if batch == 0 else mark.T
+
+
+def spans(mark: torch.Tensor, batch: int | None) -> Spans:
+    """Return which tokens of a stream do not stem from the latent, for :func:`staying_tokens`; of the arguments of :func:`by_sample`."""
+    found = tuple(_runs(row) for row in by_sample(mark, batch).logical_not().tolist())
     return () if not any(found) else found[:1] if len(set(found)) == 1 else found
 
 

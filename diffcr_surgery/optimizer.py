@@ -128,16 +128,18 @@ class RatioOptimizer(torch.optim.Optimizer):
     def _next(self, table: torch.Tensor, gradient: torch.Tensor | None, earlier: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
         """Return the table after the step, and the state that goes with it; what is given stays as it is."""
         group, budget, state = self.param_groups[0], self._diffcr.budget, dict(earlier)
-        for name in ("average", "seen"):
-            if name in state:  # a state that was loaded is where the table is
+        if state:
+            for name in ("average", "seen"):  # a state that was loaded is where the table is
                 state[name] = state[name].to("cpu", torch.float32, copy=True)
-        if not state:
-            state["step"] = 0
-            state["start"] = float(budget.saving(table))
-            state["average"] = torch.zeros(table.shape, dtype=torch.float32, device="cpu")
-            state["seen"] = torch.zeros(table.shape[1], dtype=torch.float32, device="cpu")
-            state["noise"] = 0.0
-            state["updates"] = 0
+        else:
+            state = {
+                "step": 0,
+                "start": float(budget.saving(table)),
+                "average": torch.zeros(table.shape, dtype=torch.float32, device="cpu"),
+                "seen": torch.zeros(table.shape[1], dtype=torch.float32, device="cpu"),
+                "noise": 0.0,
+                "updates": 0,
+            }
         state["step"] += 1
         slopes = budget.slopes(table).clamp_min(LEAST_SLOPE)
         direction = self._direction(state, None if gradient is None else gradient / slopes, group["averaging"])

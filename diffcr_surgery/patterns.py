@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from types import MappingProxyType
 
@@ -45,7 +45,7 @@ class BlockPattern:
     name: str
     target: str
     inputs: Mapping[str, str]
-    outputs: tuple[str, ...] = field(default=())
+    outputs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import fx
 
-from diffcr_surgery.align import Alignment
 from diffcr_surgery.axes import parse_axes
 from diffcr_surgery.config import DiffCRConfig
 from diffcr_surgery.costs import site_costs
@@ -38,46 +37,33 @@ class BlockSite:
         block_class: Name of its class.
         routed: Whether a router decides which tokens enter it.
         reason: Why it is not routed; or the error of the proof.
+        hint: What was proven, in full; for other inputs to begin with, and for sharded weights to rely on.
         aligned: Argument path -> axis pattern of every argument that moves with the tokens, the stream among them.
         occurrence: 0 for the first call of this module in a forward, 1 for the second, ...
         tokens: n in the example inputs, those that may bypass (0 if not routed).
         width: Channels of the stream (0 if not routed).
         staying: Tokens in the same stream that never bypass: text, registers, class tokens.
         router: Number, among the routed sites, of the one whose router decides here.
-        hint: What was proven, in full; for other inputs to begin with, and for sharded weights to rely on.
     """
 
     path: str
     block_class: str
     routed: bool
     reason: str
+    hint: Hint = field(repr=False, compare=False)
     aligned: MappingProxyType[str, str] = field(default_factory=lambda: MappingProxyType({}))
     occurrence: int = 0
     tokens: int = 0
     width: int = 0
     staying: int = 0
     router: int = 0
-    hint: Hint | None = field(default=None, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        values = (
-            self.path,
-            self.block_class,
-            self.routed,
-            self.reason,
-            dict(self.aligned),
-            self.occurrence,
-            self.tokens,
-            self.width,
-            self.staying,
-            self.router,
-            self.hint,
-        )
-        return _site, values
+        return _site, ({**vars(self), "aligned": dict(self.aligned)},)  # a mapping proxy cannot be pickled
 
 
-def _site(path: str, block_class: str, routed: bool, reason: str, aligned: dict[str, str], *rest: Any) -> BlockSite:
-    return BlockSite(path, block_class, routed, reason, MappingProxyType(aligned), *rest)
+def _site(values: dict[str, Any]) -> BlockSite:
+    return BlockSite(**{**values, "aligned": MappingProxyType(values["aligned"])})
 
 
 @dataclass(frozen=True)
@@ -120,14 +106,11 @@ class SurgeryPlan:
         """The sites that get a router; their order is that of the ratio table's rows."""
         return tuple(site for site in self.sites if site.routed)
 
-    def _values(self) -> tuple[Any, ...]:
-        return (self.model_class, self.config, self.sites, self.regions, self.folded, self.site_costs, self.modules)
-
     def __reduce__(self) -> tuple[Any, ...]:
-        return SurgeryPlan, self._values()
+        return SurgeryPlan, tuple(getattr(self, f.name) for f in fields(self) if f.name != "graph")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SurgeryPlan:
-        return SurgeryPlan(*self._values())
+        return replace(self, graph=None)
 
     def __str__(self) -> str:
         config, routed = self.config, self.routed_sites
@@ -244,20 +227,19 @@ def _qualified(model: torch.nn.Module) -> str:
 
 def _block_site(recording: Recording, call: SiteCall, config: DiffCRConfig, only: Collection[str] | None) -> BlockSite:
     name = type(recording.blocks[call.node].module).__name__
-    found: Alignment = call.alignment
-    reason = found.reason
-    routable, hint = found.routable, (found, call.outside)
+    found = call.alignment
+    routable, reason, hint = found.routable, found.reason, (found, call.outside)
     chosen = config.blocks is None or (call.path in only if only is not None else re.fullmatch(config.blocks, call.path) is not None)
     if routable and not chosen:
         routable, reason = False, f"left out by blocks={config.blocks!r}"
     if routable and (used_items(call.node) is None or found.output.count(".")):
         routable, reason = False, "its outputs are handed on as a whole, so the stream cannot be replaced among them"
     if not routable:
-        return BlockSite(call.path, name, False, reason, occurrence=call.occurrence, hint=hint)
+        return BlockSite(call.path, name, False, reason, hint, occurrence=call.occurrence)
     _, stream = named_leaves(recording.blocks[call.node].module, call.node.args, call.node.kwargs, fx.Node)[found.stream]
     width, staying = stream.meta["shape"][-1], staying_count(call.staying)
     tokens = found.tokens - staying
-    return BlockSite(call.path, name, True, reason, MappingProxyType(found.aligned), call.occurrence, tokens, width, staying, hint=hint)
+    return BlockSite(call.path, name, True, reason, hint, MappingProxyType(found.aligned), call.occurrence, tokens, width, staying)
 
 
 def _number(site: BlockSite, row: int) -> str:
@@ -318,15 +300,15 @@ def routed_call(recording: Recording, call: SiteCall, index: int, router: int, c
         pattern=pattern,
         output=int(found.output) if found.output.isdigit() else found.output or None,
         tokens=found.tokens,
+        staying=call.staying,
         samples=1 if batch is None else stream.meta["shape"][batch],
+        outside=call.outside,
+        overwrites=found.overwrites,
+        counts={numbers[name][0]: word for name, word in found.counts.items()},
+        batches={int(path) if path.isdigit() else path: axis for path, axis in found.batches.items()},
         random=block.random,
         gate=config.gate,
         branches=config.branches,
-        staying=call.staying,
-        outside=call.outside,
-        batches={int(path) if path.isdigit() else path: axis for path, axis in found.batches.items()},
-        counts={numbers[name][0]: word for name, word in found.counts.items()},
-        overwrites=found.overwrites,
     )
 
 

@@ -5,34 +5,29 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffcr_surgery.config import DiffCRConfig
 
-__all__ = ["Bracket", "Budget", "bracket"]
+__all__ = ["Budget", "bracket"]
 
 
-class Bracket(NamedTuple):
-    """The two bins around a ratio: ``lower <= ratio <= upper``; blending them by distance gives the ratio back."""
-
-    lower: float
-    upper: float
-
-
-def bracket(ratio: float, bins: Sequence[float]) -> Bracket:
+def bracket(ratio: float, bins: Sequence[float]) -> tuple[float, float]:
     """Return the two neighbouring bins around ``ratio``; on a bin, that bin and the next (the last pair at the end).
+
+    Blending the two by distance gives the ratio back.
 
     Example:
         >>> bracket(0.12, (0.0, 0.1, 0.2, 0.3))
-        Bracket(lower=0.1, upper=0.2)
+        (0.1, 0.2)
     """
     # A float32 table holds 0.3 as 0.30000001; without slack either side, 0.7 (0.69999999) would fall below its own bin.
     index = bisect.bisect_right(bins, ratio + 1e-6) - 1
     index = min(max(index, 0), len(bins) - 2)
-    return Bracket(bins[index], bins[index + 1])
+    return bins[index], bins[index + 1]
 
 
 def _exact(values: Sequence[Any]) -> Tensor:

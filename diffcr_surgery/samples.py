@@ -10,32 +10,28 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from diffcr_surgery._tree import flatten, map_leaves
+from diffcr_surgery._tree import flatten, map_leaves, map_tensors
 from diffcr_surgery.align.proof import tolerance
 from diffcr_surgery.caches import is_quantized
-from diffcr_surgery.errors import TimestepError
-from diffcr_surgery.split import Splitting, join, places, rows_of, select
-from diffcr_surgery.trace.key import Call, model_device
+from diffcr_surgery.split import CannotCutError, Splitting, join, places, rows_of, select
+from diffcr_surgery.trace.key import Call, copies, model_device
 from diffcr_surgery.trace.perturb import generator
-from diffcr_surgery.trace.reference import OUT_OF_MEMORY, run_call
-from diffcr_surgery.trace.undisturbed import undisturbed
+from diffcr_surgery.trace.recorder import writes
+from diffcr_surgery.trace.reference import OUT_OF_MEMORY
+from diffcr_surgery.trace.undisturbed import own_modules, undisturbed
 
 __all__ = ["find_splitting"]
 
 Run = Callable[[Call, list[Tensor]], Any]
 
 # By these a hook that moves or casts the stored weights reads and writes them, and must not find noise there.
-_STORES = frozenset("__get__ __set__ to cpu cuda float half bfloat16 double type clone detach pin_memory record_stream".split())
-
-_WRITES = frozenset(f"__i{name}__" for name in "add sub mul truediv div floordiv mod pow and or xor lshift rshift matmul".split()) | {
-    "__setitem__"
-}
+_STORES = frozenset("__get__ to cpu cuda float half bfloat16 double type clone detach pin_memory record_stream".split())
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Switch dropout off for a while; a converted model goes on choosing its ratios as it did."""
-    training = [module for name, module in model.named_modules() if module.training and name.split(".")[0] != "diffcr"]
+    training = [module for module in own_modules(model) if module.training]
     for module in training:
         module.training = False
     try:
@@ -57,10 +53,9 @@ class _Awake(TorchFunctionMode):
         self.noise = {id(p): _other(p) * (p.shape[-1] if p.ndim > 1 else 25) ** -0.5 for p in plain if not p.any()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in _STORES or name in _WRITES or (name.endswith("_") and not name.endswith("__")):
-            return func(*args, **(kwargs or {}))
-        args, kwargs = map_leaves((args, kwargs or {}), lambda _, leaf: self._awake(leaf) if isinstance(leaf, Tensor) else leaf)
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") not in _STORES and not writes(func, kwargs):
+            args, kwargs = map_tensors((args, kwargs), self._awake)
         return func(*args, **kwargs)
 
     def _awake(self, tensor: Tensor) -> Tensor:
@@ -78,13 +73,11 @@ def find_splitting(model: nn.Module, forward: Callable[..., Any], call: Call, ba
     Args:
         model: The model.
         forward: Its unconverted forward.
-        call: A call with ``batch`` samples. One sample alone tells what is shared by its length, and nothing else.
+        call: A call with ``batch`` samples, two or more.
         batch: b.
     """
     inputs = places(call.arguments)
     shared = frozenset(path for path, value in inputs.items() if len(value) != batch)
-    if batch == 1:
-        return Splitting(shared)
     found = _searched(model, forward, call, batch, shared)
     if not found.refusal or not any(module.training for module in model.modules()):
         return found
@@ -98,8 +91,9 @@ def _searched(model: nn.Module, forward: Callable[..., Any], call: Call, batch: 
 
         def run(call: Call, tensors: list[Tensor]) -> Any:
             rewind()
+            args, kwargs = call.on(copies(tensors))
             with awake:
-                return run_call(call, tensors, forward)
+                return forward(*args, **kwargs)
 
         whole = run(call, call.tensors)
         # Models round by themselves, too (Kandinsky 5 to bfloat16); a wrong cut is no matter of rounding.
@@ -128,8 +122,8 @@ def _tried(run: Run, call: Call, whole: Any, batch: int, shared: frozenset[str],
         lists = frozenset(p for p, value in many.items() if isinstance(value, list) and (len(value), len(one.get(p, ()))) == (batch, 1))
         wanted = map_leaves(whole, lambda _, leaf: rows_of(leaf, ends, batch), stop=lambda path, _: path in lists)
         gap = _gap(flatten(join(parts, [[0], [1]], lists))[1], flatten(wanted)[1])
-    except TimestepError as error:
-        return Splitting(shared, refusal=str(error).partition(" but ")[2].partition(". Call the model")[0])
+    except CannotCutError as error:
+        return Splitting(shared, refusal=error.why)
     except OUT_OF_MEMORY:
         raise
     except Exception as error:  # whatever a model raises on a sample that was cut wrongly

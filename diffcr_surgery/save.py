@@ -124,8 +124,8 @@ def _left_out(planned: SurgeryPlan) -> list[str]:
 def load_adapter_(model: torch.nn.Module, directory: str | os.PathLike[str], example_inputs: Any) -> torch.nn.Module:
     """Convert a model and give it the routers and ratios of a saved adapter, in place.
 
-    Everything is read and checked before the model is touched. A file that is damaged or was edited by hand is refused, and one that was
-    made to do harm can do none but by its numbers: nothing in it is run, not even its expression for blocks, for the blocks are listed.
+    Whatever is refused, the model is left as it was. A file that is damaged or was edited by hand is refused, and one that was made to do
+    harm can do none but by its numbers: nothing in it is run, not even its expression for blocks, for the blocks are listed.
 
     Args:
         model: A model of the class, and with the blocks, the adapter was trained on; not converted.

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from diffcr_surgery._shards import is_sharded
-from diffcr_surgery._tree import Leaf, flatten, map_leaves
+from diffcr_surgery._tree import Leaf, flatten, leaves_of
 from diffcr_surgery.align import Alignment, align_block
 from diffcr_surgery.align.layout import Layouts
 from diffcr_surgery.align.planned import align_as_planned
 from diffcr_surgery.align.residual import has_no_residual
 from diffcr_surgery.axes import parse_axes
-from diffcr_surgery.detect import Lineage, latent_inputs, named_leaves, residual_after, spans
+from diffcr_surgery.detect import Lineage, latent_inputs, named_leaves, residual_after, sources_of, spans
 from diffcr_surgery.errors import PatternError, SurgeryError
 from diffcr_surgery.patterns import BlockPattern, pattern_of
 from diffcr_surgery.tokens import Spans
@@ -91,7 +91,8 @@ def _site_calls(recording: Recording, flow: Flow, hints: Mapping[tuple[str, int]
         block = recording.blocks[flow.calls[node]]
         occurrence = seen.get(block.path, 0)
         seen[block.path] = occurrence + 1
-        streams = lineage.streams(block.module, node)
+        sources = sources_of(block.module, node)
+        streams = lineage.streams(sources)
         unread = _unread(node)
         hint = hints.get((block.path, occurrence))
         planned = hint[0] if hint and hint[0].routable else None
@@ -103,26 +104,24 @@ def _site_calls(recording: Recording, flow: Flow, hints: Mapping[tuple[str, int]
             known, residual_outside = hint or (_SHARDED, False)
             proven[key] = align_as_planned(recording.samples[block.kind], streams, known)
             lone[key] = residual_outside if known.routable else None
-        declared = hint[0].aligned if hint and hint[0].stream else None
+        before = hint[0].aligned if hint and hint[0].stream else None
         if key not in proven:
-            proven[key] = _align(recording, block, streams, declared, unread)
+            proven[key] = _align(recording, block, streams, before, unread)
         if proven[key].undecided:
-            sources = named_leaves(block.module, node.args, node.kwargs, fx.Node)
-            told = {path: layouts.batch_axis(sources[path][1], mark) for path, mark in streams.items()}
+            told = {path: layouts.batch_axis(sources[path], mark) for path, mark in streams.items()}
             axes = {path: axis for path, axis in told.items() if axis is not None}
             key = (*key, tuple(axes.items()))
             if key not in proven:
-                proven[key] = _align(recording, block, streams, declared, unread, axes)
+                proven[key] = _align(recording, block, streams, before, unread, axes)
         found = proven[key]
         if not found.routable:
             if planned is not None and planned.stream in streams and found.tokens == 1:  # which stays, and is followed on as planned
-                stream = named_leaves(block.module, node.args, node.kwargs, fx.Node)[planned.stream][1]
-                lineage.settle(node, stream, planned.output)
+                lineage.settle(node, sources[planned.stream], planned.output)
             else:
                 lineage.settle_dense(block.module, node)
             calls.append(SiteCall(flow.calls[node], block.path, occurrence, found))
             continue
-        stream = named_leaves(block.module, node.args, node.kwargs, fx.Node)[found.stream][1]
+        stream = sources[found.stream]
         output = _continuation(node, found.output)
         outside = residual_after(output, stream, flow.calls, lineage) if output is not None else False
         if outside is not False or block.half:
@@ -156,8 +155,7 @@ _SPOILED = "it overwrites the stream it is given, which is read again after it; 
 
 def _unread(node: fx.Node) -> frozenset[str]:
     """Return the paths of a block's outputs that no one uses."""
-    outputs: set[str] = set()
-    map_leaves(node.meta["outputs"], lambda path, leaf: outputs.add(path) if isinstance(leaf, Leaf) else None)
+    outputs = {path for path, _ in leaves_of(node.meta["outputs"], Leaf)}
     if any(user.target not in (operator.getitem, getattr) for user in node.users) or "" in outputs:
         return frozenset()
     heads = {str(user.args[1]) for user in node.users}

@@ -144,7 +144,7 @@ def _budget(converted: torch.nn.Module, state: DiffCRState, config: DiffCRConfig
                 "example_inputs=... as for plan."
             )
         return state.budget
-    dense = functools.partial(original_class(converted).forward, converted)  # type: ignore[attr-defined]
+    dense = functools.partial(original_class(converted).forward, converted)
     costs = costs_of(converted, state, example_call(converted.forward, example_inputs), dense, config)
     return Budget.of(config, torch.tensor(costs, dtype=torch.float64, device="cpu"))
 

@@ -16,7 +16,7 @@ from diffcr_surgery._tree import flatten, map_leaves
 from diffcr_surgery.errors import TimestepError
 from diffcr_surgery.trace.key import Call
 
-__all__ = ["Splitting", "given", "join", "places", "refused", "rows_of", "select"]
+__all__ = ["CannotCutError", "Splitting", "join", "kind_of_call", "places", "refused", "rows_of", "select"]
 
 
 @dataclass(frozen=True)
@@ -25,27 +25,35 @@ class Splitting:
 
     Attributes:
         shared: Paths of the input tensors and lists that belong to the batch as a whole.
-        lists: Paths of the output lists with one entry a sample; ``None`` until a call of several samples has shown them.
+        lists: Paths of the output lists with one entry a sample.
         refusal: Why calls cannot be cut; empty if they can.
     """
 
     shared: frozenset[str] = frozenset()
-    lists: frozenset[str] | None = None
+    lists: frozenset[str] = frozenset()
     refusal: str = ""
 
 
-def given(call: Call, batch: int) -> frozenset[tuple[str, bool]]:
+def kind_of_call(call: Call, batch: int) -> frozenset[tuple[str, bool]]:
     """Return which arguments a call of ``batch`` samples gives, and whether each tensor and list in them has an entry for every sample."""
     names = {(name, False) for name, value in call.arguments.items() if value is not None}
     return frozenset(names | {(path, len(value) == batch) for path, value in places(call.arguments).items()})
 
 
-def refused(why: str) -> TimestepError:
+class CannotCutError(TimestepError):
+    """A call would have to be cut into samples and cannot; ``why`` tells the reason."""
+
+    why: str
+
+
+def refused(why: str) -> CannotCutError:
     """Return the error for a call that would have to be cut and cannot."""
-    return TimestepError(
+    error = CannotCutError(
         f"The samples of this call lie in several timestep regions and have to run apart, but {why}. Call the model once for each region, "
         "or use timestep_regions=1."
     )
+    error.why = why
+    return error
 
 
 def select(call: Call, rows: Sequence[int], batch: int, shared: frozenset[str]) -> Call:
@@ -58,7 +66,7 @@ def select(call: Call, rows: Sequence[int], batch: int, shared: frozenset[str]) 
         shared: Paths of tensors and lists that are not cut, whatever their length.
 
     Raises:
-        TimestepError: If nothing but labels and numbers would be cut.
+        CannotCutError: If nothing but labels and numbers would be cut.
     """
     cut: dict[int, Any] = {}  # by identity: one tensor under two names stays one tensor
     wanted = lambda path, value: isinstance(value, list) and len(value) == batch and path not in shared  # noqa: E731
@@ -95,7 +103,7 @@ def join(parts: Sequence[Any], groups: Sequence[Sequence[int]], lists: frozenset
         lists: Paths of the lists with one entry a sample.
 
     Raises:
-        TimestepError: If an output cannot be told apart by samples.
+        CannotCutError: If an output cannot be told apart by samples.
     """
     rows = [row for group in groups for row in group]
     order = sorted(range(len(rows)), key=rows.__getitem__)

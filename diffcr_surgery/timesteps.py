@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -161,16 +160,16 @@ def _argument(config: DiffCRConfig, arguments: Mapping[str, Any]) -> str | None:
 
 
 def _guess_range(argument: str | None, value: Any) -> tuple[float, float]:
-    entries = [entry for row in _rows(value) for entry in row] if value is not None else [math.nan]
-    top, whole = max(entries), _is_whole(value)
-    if min(entries) >= 0 and argument not in _NOISE_LEVELS:
-        if not whole and 0 < top <= 1:
+    entries = [entry for row in _rows(value) for entry in row] if value is not None else []
+    if entries and min(entries) >= 0 and argument not in _NOISE_LEVELS:
+        top = max(entries)
+        if not _is_whole(value) and 0 < top <= 1:
             return 0.0, 1.0
         if 1 < top <= 1000:
             return 0.0, 1000.0
     raise TimestepError(
-        f'timestep_range="auto" cannot tell the range from the example {argument}={sorted(set(entries))[:4]}: set timestep_range, such as '
-        "(0, 1000) for discrete steps, (0, 1) for flow matching, or (lowest, highest) sigma."
+        f'timestep_range="auto" cannot tell the range from the example {argument}={sorted(set(entries))[:4] or None}: set '
+        "timestep_range, such as (0, 1000) for discrete steps, (0, 1) for flow matching, or (lowest, highest) sigma."
     )
 
 

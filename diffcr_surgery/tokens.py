@@ -208,8 +208,8 @@ def scatter_tokens_(stream: Tensor, update: Tensor, kept: Tensor, pattern: str) 
     """Put processed tokens back into ``stream`` itself; see :func:`scatter_tokens`. For streams that no one else reads."""
     axes = parse_axes(pattern)
     (axis,) = axes.tokens
-    ahead = axes.batch is None or ((axes.batch, axis) == (0, 1) and stream.is_contiguous())
-    if not ahead or stream.dtype != update.dtype:
+    viewable = axes.batch is None or ((axes.batch, axis) == (0, 1) and stream.is_contiguous())
+    if not viewable or stream.dtype != update.dtype:
         return scatter_tokens(stream, update, kept, pattern)
     if axes.batch is None:
         return stream.index_copy_(axis, kept[0], update)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from diffcr_surgery.align.candidates import by_likelihood, combinations, complete, options_of, prefix_lengths, prefix_of, stream_patterns
-from diffcr_surgery.align.proof import Subject
+from diffcr_surgery.align.proof import Stream, Subject
 from diffcr_surgery.axes import parse_axes
-from diffcr_surgery.detect import named_leaves
+from diffcr_surgery.detect import by_sample, named_leaves
 from diffcr_surgery.tokens import keep_tokens, kept_count, rank_tokens
 from diffcr_surgery.trace.reference import OUT_OF_MEMORY, BlockSample
 
@@ -43,7 +43,6 @@ class Alignment:
         axes: Argument path -> axis pattern, for every argument that moves, and ``"b"`` for what is batched besides.
         tokens: Length of the stream's token axis in the arguments the proof was run on; 1 if a single token left nothing to prove.
         error: Largest error of the proof relative to the output's spread.
-        trials: Number of block calls the search took.
         counts: Path of each whole number that counts tokens -> ``"n"`` (those that may bypass) or ``"m+n"`` (all); and of each flag
             that says a mask is causal -> ``"off"``.
         overwrites: Whether the block writes into the stream it is given.
@@ -59,7 +58,6 @@ class Alignment:
     axes: dict[str, str] = field(default_factory=dict)
     tokens: int = 0
     error: float = float("inf")
-    trials: int = 0
     counts: dict[str, str] = field(default_factory=dict)
     overwrites: bool = False
     given: frozenset[str] = frozenset()
@@ -97,8 +95,7 @@ def align_block(
         The alignment; ``routable`` is false, with the reason, where no assignment passes.
     """
     leaves = named_leaves(sample.module, sample.args, sample.kwargs, Tensor)
-    named = {name: raw for name, (raw, _) in leaves.items()}
-    candidates = [path for path in streams if path in named]
+    candidates = [path for path in streams if path in leaves]
     if not candidates:
         return Alignment(False, "no argument carries the denoising stream (a text refiner or context encoder)")
     try:
@@ -109,19 +106,21 @@ def align_block(
         return Alignment(False, str(error))
     shapes = {leaves[path][1].shape for path in candidates}  # an output shaped like the stream may be its continuation, read or not
     subject.read = [i for i, t in enumerate(subject.baseline) if i in subject.read or t.shape in shapes]
-    trial = _Trial(subject, named, named_leaves(sample.module, sample.args, sample.kwargs, int), batch_axes or {})
-    for stream in candidates:
-        spoiled = sorted(trial.named[subject.paths[i]] for i in subject.overwritten if subject.paths[i] != named[stream])
-        if not spoiled and (found := trial.settle(stream, streams[stream], hint, search)) is not None:
+    raw = {name: path for name, (path, _) in leaves.items()}
+    trial = _Trial(subject, raw, named_leaves(sample.module, sample.args, sample.kwargs, int), batch_axes or {})
+    spoiled = {trial.names[subject.paths[i]] for i in subject.overwritten}
+    tried = [stream for stream in candidates if spoiled <= {stream}]
+    for stream in tried:
+        if (found := trial.settle(stream, streams[stream], hint, search)) is not None:
             return found
-    if spoiled:
-        return Alignment(False, _OVERWRITES.format(spoiled))
+    if not tried:
+        return Alignment(False, _OVERWRITES.format(sorted(spoiled - {candidates[0]})))
     if trial.undecided:
         return Alignment(False, _UNDECIDED.format(trial.undecided), undecided=True)
     if search:
-        trial.several = next(filter(None, (trial.moves_several(stream, streams[stream]) for stream in candidates)), [])
+        trial.several = next(filter(None, (trial.moves_several(stream, streams[stream]) for stream in tried)), [])
     tokens = 1 if trial.single and trial.best == float("inf") else 0
-    return Alignment(False, trial.verdict(), tokens=tokens, error=trial.best, trials=trial.count)
+    return Alignment(False, trial.verdict(), tokens=tokens, error=trial.best)
 
 
 _OVERWRITES = (
@@ -137,20 +136,19 @@ _UNDECIDED = (
 class _Trial:
     """The search over one block's arguments."""
 
-    def __init__(self, subject: Subject, named: dict[str, str], numbers: dict[str, tuple[str, Any]], batches: Mapping[str, int]) -> None:
+    def __init__(self, subject: Subject, raw: dict[str, str], numbers: dict[str, tuple[str, Any]], batches: Mapping[str, int]) -> None:
         self.subject = subject
+        self.raw = raw
+        self.names = {path: name for name, path in raw.items()}
+        self.numbers = numbers
         self.batches = batches
         self.mixed: dict[tuple[str, int], bool] = {}
         self.shared: dict[tuple[str, int, int, int | None], bool] = {}
         self.undecided: tuple[int, ...] = ()
-        self.raw = named
-        self.numbers = numbers
-        self.named = {raw: name for name, raw in named.items()}
-        self.count = 1
         self.best = float("inf")
         self.complaint = ""
         self.several: list[str] = []
-        self.single: str | None = None
+        self.single = False
 
     def verdict(self) -> str:
         if self.several:
@@ -170,69 +168,79 @@ class _Trial:
     def _tolerance(self) -> float:
         return max(self.subject.tolerance(t) for t in self.subject.baseline if t.is_floating_point())
 
-    def settle(self, stream: str, mark: Tensor, hint: dict[str, str] | None, search: bool) -> Alignment | None:
-        index = self.subject.paths.index(self.raw[stream])
-        tensor = self.subject.tensors[index]
-        outputs = [i for i in self.subject.read if self.subject.baseline[i].shape == tensor.shape]
-        for widely, output, pattern in itertools.product((False, True) if search else (False,), outputs, stream_patterns(tensor)):
+    def settle(self, name: str, mark: Tensor, hint: dict[str, str] | None, search: bool) -> Alignment | None:
+        index, outputs = self._stream(name)
+        patterns = stream_patterns(self.subject.tensors[index])
+        for widely, output, pattern in itertools.product((False, True) if search else (False,), outputs, patterns):
             axes = parse_axes(pattern)
-            moving = mark[None] if axes.batch is None else mark if axes.batch == 0 else mark.T
-            if not self._holds_tokens(stream, index, outputs, axes.tokens[0], hint):
+            stream = Stream(index, pattern, by_sample(mark, axes.batch))
+            if not self._holds_tokens(name, index, outputs, axes.tokens[0], hint):
                 continue
-            if int(moving.sum(1).max()) < 2:
+            if int(stream.moving.sum(1).max()) < 2:
                 self.complaint = "its stream holds a single token that stems from the latent; a proof takes at least two"
-                self.single = stream
+                self.single = True
                 continue
-            if int(moving.sum(1).min()) < 1:
+            if int(stream.moving.sum(1).min()) < 1:
                 self.complaint = "the stream of a sample holds no token that stems from the latent"
                 continue
-            ways = self._sets(index, pattern, moving) if widely else self._likely(index, [output], pattern, moving, hint, search)
-            for assignment in ways:
-                error = self._error(assignment, index, output, moving, pattern)
-                if error <= self._tolerance():
-                    needless = [] if search else self._needless(assignment, index, output, moving, pattern)
-                    if needless:
-                        self.complaint = f"{needless} need not move with the tokens, so gathering them would throw content away"
-                        self.best = float("inf")
-                        continue
-                    found = {self.named[raw]: words for raw, words in assignment.items()}
-                    reason = f"proven, error {error:.0e}"
-                    path = self.subject.outputs[output]
-                    counts = self._counts(assignment, index, output, moving, pattern)
-                    written, given = index in self.subject.overwritten, frozenset(self.raw)
-                    batches = (
-                        {self.subject.outputs[i]: at for i, at in self.subject.batches(index, axes.batch).items()} if axes.batch else {}
-                    )
-                    return Alignment(True, reason, stream, path, found, moving.shape[1], error, self.count, counts, written, given, batches)
+            for assignment in self._sets(stream) if widely else self._likely(stream, [output], hint, search):
+                error = self._error(assignment, stream, output)
+                if error > self._tolerance():
+                    continue
+                needless = [] if search else self._needless(assignment, stream, output)
+                if not needless:
+                    return self._proven(name, assignment, stream, output, error)
+                self.complaint = f"{needless} need not move with the tokens, so gathering them would throw content away"
+                self.best = float("inf")
         return None
 
-    def _holds_tokens(self, stream: str, index: int, outputs: list[int], axis: int, hint: dict[str, str] | None) -> bool:
+    def _stream(self, name: str) -> tuple[int, list[int]]:
+        """Return the index of a stream among the tensors, and those of the outputs that may continue it."""
+        index = self.subject.paths.index(self.raw[name])
+        shape = self.subject.tensors[index].shape
+        return index, [i for i in self.subject.read if self.subject.baseline[i].shape == shape]
+
+    def _proven(self, name: str, assignment: dict[str, str], stream: Stream, output: int, error: float) -> Alignment:
+        batches = self.subject.batches(stream.index, stream.batch) if stream.batch else {}
+        return Alignment(
+            True,
+            f"proven, error {error:.0e}",
+            stream=name,
+            output=self.subject.outputs[output],
+            axes={self.names[path]: words for path, words in assignment.items()},
+            tokens=stream.tokens,
+            error=error,
+            counts=self._counts(assignment, stream, output),
+            overwrites=stream.index in self.subject.overwritten,
+            given=frozenset(self.raw),
+            batches={self.subject.outputs[i]: at for i, at in batches.items()},
+        )
+
+    def _holds_tokens(self, name: str, index: int, outputs: list[int], axis: int, hint: dict[str, str] | None) -> bool:
         """Tell whether the stream may have its tokens on an axis: any block is equivariant along its batch; tokens are what it mixes."""
         shape = self.subject.tensors[index].shape
         if len(shape) < 3:
             return True
-        if hint and stream in hint:
-            return parse_axes(hint[stream]).tokens == (axis,)
+        if hint and name in hint:
+            return parse_axes(hint[name]).tokens == (axis,)
         for each in (axis, 1 - axis):
-            if (stream, each) not in self.mixed:
-                self.mixed[stream, each] = any(self.subject.mixes(index, output, each) for output in outputs)
-            if self.mixed[stream, each]:
+            if (name, each) not in self.mixed:
+                self.mixed[name, each] = any(self.subject.mixes(index, output, each) for output in outputs)
+            if self.mixed[name, each]:
                 return each == axis
-        if stream not in self.batches:
+        if name not in self.batches:
             self.undecided = tuple(shape)
-        return self.batches.get(stream, axis) != axis
+        return self.batches.get(name, axis) != axis
 
-    def moves_several(self, stream: str, mark: Tensor) -> list[str]:
+    def moves_several(self, name: str, mark: Tensor) -> list[str]:
         """Return the outputs that all move with the tokens of a block that could not be routed, if that is what stands in the way."""
-        index = self.subject.paths.index(self.raw[stream])
-        outputs = [i for i in self.subject.read if self.subject.baseline[i].shape == self.subject.tensors[index].shape]
+        index, outputs = self._stream(name)
         if len(outputs) < 2 or mark.ndim != 2:
             return []
-        likely = self._likely(index, outputs, "b n c", mark, None, True)
-        for assignment in itertools.chain(likely, self._sets(index, "b n c", mark)):
-            self.count += 1
+        stream = Stream(index, "b n c", mark)
+        for assignment in itertools.chain(self._likely(stream, outputs, None, True), self._sets(stream)):
             try:
-                error = self._gap(assignment, index, outputs, mark, "b n c")
+                error = self._gap(assignment, stream, outputs)
             except OUT_OF_MEMORY:
                 raise
             except Exception:  # as in _error
@@ -241,37 +249,35 @@ class _Trial:
                 return [self.subject.outputs[i] for i in outputs]
         return []
 
-    def _counts(self, patterns: dict[str, str], stream: int, output: int, moving: Tensor, pattern: str) -> dict[str, str]:
+    def _counts(self, patterns: dict[str, str], stream: Stream, output: int) -> dict[str, str]:
         """Return the whole numbers among the arguments that have to follow the number of tokens.
 
         Such a number equals it, and without it the block does not run on fewer; or it takes its tokens for a set with that number alone:
         with one less, a token is treated unlike the others.
         """
-        total = moving.shape[1]
         found = {name: "off" for name, (path, _) in self.numbers.items() if path in self.subject.off}
-        needed = self._needed(patterns, stream, output, moving, pattern) or {}
-        kept = self._half(stream, moving)
-        for name, (word, path, follows) in self._countable(stream, moving).items():
+        needed = self._needed(patterns, stream, output) or {}
+        kept = self._half(stream)
+        for name, (word, path, follows) in self._countable(stream).items():
             if path in needed:
                 found[name] = word
                 continue
-            self.count += 3
             try:
                 one_less = {path: self.numbers[name][1] - 1}
-                still_a_set = self._gap(patterns, stream, [output], moving, pattern, one_less) <= self._tolerance()
-                shape = self.subject.run(patterns, kept, total, pattern, {**needed, path: follows})[output].shape
+                still_a_set = self._gap(patterns, stream, [output], one_less) <= self._tolerance()
+                shape = self.subject.run(patterns, stream, kept, {**needed, path: follows})[output].shape
             except OUT_OF_MEMORY:
                 raise
             except Exception:  # a number of heads, say, that happens to equal the number of tokens
                 continue
-            if not still_a_set and shape == self.subject.run(patterns, kept, total, pattern, needed)[output].shape:
+            if not still_a_set and shape == self.subject.run(patterns, stream, kept, needed)[output].shape:
                 found[name] = word
         return found
 
-    def _countable(self, stream: int, moving: Tensor) -> dict[str, tuple[str, str, int]]:
+    def _countable(self, stream: Stream) -> dict[str, tuple[str, str, int]]:
         """Return name of each number that may count tokens -> which, its path, and what it is on half of them."""
-        total, most = moving.shape[1], int(moving.sum(1).max())
-        count = self._half(stream, moving).shape[1]
+        total, most = stream.tokens, int(stream.moving.sum(1).max())
+        count = self._half(stream).shape[1]
         found = {}
         for name, (path, value) in self.numbers.items():
             if type(value) is int and value in (most, total) and not _COUNTS_OTHERS.search(name):
@@ -279,58 +285,53 @@ class _Trial:
                 found[name] = (word, path, count - (total - most if word == "n" else 0))
         return found
 
-    def _gap(self, patterns: dict[str, str], stream: int, outputs: Sequence[int], moving: Tensor, *more: Any) -> float:
+    def _gap(self, patterns: dict[str, str], stream: Stream, outputs: Sequence[int], counts: dict[str, int] | None = None) -> float:
         """Return the error of equivariance; of few tokens, where it is small, the largest on several draws of arguments and weights.
 
         Attention can be so sharp that a table or a mask counts for nothing, whatever its axes.
         """
-        error = self.subject.error(patterns, stream, outputs, moving, *more)
-        if error <= self._tolerance() and moving.shape[1] < FEW_TOKENS:
-            others = [other.error(patterns, stream, outputs, moving, *more) for other in self.subject.again()]
-            self.count += len(others)
-            error = max([error, *others])
+        error = self.subject.error(patterns, stream, outputs, counts)
+        if error <= self._tolerance() and stream.tokens < FEW_TOKENS:
+            error = max([error, *(other.error(patterns, stream, outputs, counts) for other in self.subject.again())])
         return error
 
-    def _error(self, patterns: dict[str, str], stream: int, output: int, moving: Tensor, pattern: str) -> float:
+    def _error(self, patterns: dict[str, str], stream: Stream, output: int) -> float:
         """Return the error of equivariance, infinite if the block does not run on permuted or on fewer tokens."""
-        self.count += 1
         try:
-            error = self._gap(patterns, stream, [output], moving, pattern)
+            error = self._gap(patterns, stream, [output])
             self.best = min(self.best, error)
             if error > self._tolerance():
                 return error
-            self.count += 1
-            return float("inf") if self._needed(patterns, stream, output, moving, pattern) is None else error
+            return float("inf") if self._needed(patterns, stream, output) is None else error
         except OUT_OF_MEMORY:
             raise
         except Exception as failure:  # a wrong assignment may break the block in any way
             self.complaint = _told(failure)
             return float("inf")
 
-    def _needless(self, patterns: dict[str, str], stream: int, output: int, moving: Tensor, pattern: str) -> list[str]:
+    def _needless(self, patterns: dict[str, str], stream: Stream, output: int) -> list[str]:
         """Return the arguments without which a declared set passes too: text keys, say, which any permutation leaves alone."""
-        own = self.subject.paths[stream]
+        own = self.subject.paths[stream.index]
         moved = {path: axes for path, axes in patterns.items() if parse_axes(axes).tokens}
         found = []
         for path in moved.keys() - {own}:
             rest = {other: axes for other, axes in moved.items() if other != path}
-            fewer = self._completed(rest, stream, pattern)
-            if any(self._error(each, stream, output, moving, pattern) <= self._tolerance() for each in fewer):
-                found.append(self.named[path])
+            if any(self._error(fewer, stream, output) <= self._tolerance() for fewer in self._completed(rest, stream)):
+                found.append(self.names[path])
         return sorted(found)
 
-    def _needed(self, patterns: dict[str, str], stream: int, output: int, moving: Tensor, pattern: str) -> dict[str, int] | None:
+    def _needed(self, patterns: dict[str, str], stream: Stream, output: int) -> dict[str, int] | None:
         """Return what numbers have to be for the block to run on half its tokens: path -> value; ``None`` if it runs on all alone."""
-        kept = self._half(stream, moving)
-        shape = list(self.subject.tensors[stream].shape)
-        shape[parse_axes(pattern).tokens[0]] = kept.shape[1]
+        kept = self._half(stream)
+        shape = list(self.subject.tensors[stream.index].shape)
+        shape[parse_axes(stream.pattern).tokens[0]] = kept.shape[1]
         others = [i for i in self.subject.read if i != output]
-        countable = [(path, follows) for _, path, follows in self._countable(stream, moving).values()]
+        countable = [(path, follows) for _, path, follows in self._countable(stream).values()]
         complaint = ""
         for chosen in itertools.chain.from_iterable(itertools.combinations(countable, size) for size in range(len(countable) + 1)):
             numbers = dict(chosen)
             try:
-                results = self.subject.run(patterns, kept, moving.shape[1], pattern, numbers)
+                results = self.subject.run(patterns, stream, kept, numbers)
             except OUT_OF_MEMORY:
                 raise
             except Exception as failure:  # a number that stays, say, while the tokens are fewer
@@ -338,36 +339,34 @@ class _Trial:
                 continue
             if list(results[output].shape) == shape and all(results[i].shape == self.subject.baseline[i].shape for i in others):
                 return numbers
-            complaint = complaint or f"on {kept.shape[1]} of {moving.shape[1]} tokens its output has shape {tuple(results[output].shape)}"
+            complaint = complaint or f"on {kept.shape[1]} of {stream.tokens} tokens its output has shape {tuple(results[output].shape)}"
         self.complaint = complaint
         return None
 
-    def _half(self, stream: int, moving: Tensor) -> Tensor:
+    def _half(self, stream: Stream) -> Tensor:
         """Return a choice of tokens, ``b k``: the later half of those that may bypass, and all that stay."""
-        staying = ~moving.to(self.subject.tensors[stream].device)
-        count = kept_count(0.5, moving.shape[1], int(staying.sum(1).max()))
-        later = torch.arange(moving.shape[1], device=staying.device, dtype=torch.float32).expand(staying.shape)
+        staying = ~stream.moving.to(self.subject.tensors[stream.index].device)
+        count = kept_count(0.5, stream.tokens, int(staying.sum(1).max()))
+        later = torch.arange(stream.tokens, device=staying.device, dtype=torch.float32).expand(staying.shape)
         return keep_tokens(rank_tokens(later, staying), count, in_order=True)
 
-    def _likely(
-        self, stream: int, outputs: list[int], pattern: str, moving: Tensor, hint: dict[str, str] | None, search: bool
-    ) -> Iterator[dict[str, str]]:
+    def _likely(self, stream: Stream, outputs: list[int], hint: dict[str, str] | None, search: bool) -> Iterator[dict[str, str]]:
         """Yield the argument sets to try first: what is declared, the stream alone, and what moves one by one."""
-        own = self.subject.paths[stream]
+        own = self.subject.paths[stream.index]
         if hint is not None:
             moved = {self.raw[name]: axes for name, axes in hint.items() if name in self.raw and parse_axes(axes).tokens}
             if own in moved:
-                yield from self._completed(moved, stream, pattern)
+                yield from self._completed(moved, stream)
         if search:
-            yield from self._completed({own: pattern}, stream, pattern)
-            found = self._one_by_one(stream, outputs, pattern, moving)
+            yield from self._completed({own: stream.pattern}, stream)
+            found = self._one_by_one(stream, outputs)
             if found is not None:
-                yield from self._completed(found, stream, pattern)
+                yield from self._completed(found, stream)
 
-    def _sets(self, stream: int, pattern: str, moving: Tensor) -> Iterator[dict[str, str]]:
+    def _sets(self, stream: Stream) -> Iterator[dict[str, str]]:
         """Yield any argument sets, the smallest first; similar tensors of one container move together, then apart."""
-        own = self.subject.paths[stream]
-        options, groups = self._options(stream, pattern, moving)
+        own = self.subject.paths[stream.index]
+        options, groups = self._options(stream)
         apart = [[path] for path in options]
         rounds = [groups] if len(groups) == len(apart) else [groups, apart]
         tried: set[frozenset[tuple[str, str]]] = set()
@@ -376,50 +375,45 @@ class _Trial:
             for moved in itertools.islice(sets, MAX_TRIALS):
                 if frozenset(moved.items()) not in tried:
                     tried.add(frozenset(moved.items()))
-                    yield from self._completed({own: pattern} | moved, stream, pattern)
+                    yield from self._completed({own: stream.pattern} | moved, stream)
 
-    def _options(self, stream: int, pattern: str, moving: Tensor) -> tuple[dict[str, list[str]], list[list[str]]]:
+    def _options(self, stream: Stream) -> tuple[dict[str, list[str]], list[list[str]]]:
         """Return the arguments that could move -> how; and those paths by container and shape."""
-        batch = parse_axes(pattern).batch
-        samples = None if batch is None else self.subject.tensors[stream].shape[batch]
-        tokens, ahead, lengths = moving.shape[1], prefix_of(moving), prefix_lengths(self.subject.tensors)
+        samples, ahead, lengths = self._samples(stream), prefix_of(stream.moving), prefix_lengths(self.subject.tensors)
         options, groups = {}, dict[tuple[str, torch.Size], list[str]]()
         for path, t in zip(self.subject.paths, self.subject.tensors, strict=True):
-            found = options_of(t, tokens, samples, batch, lengths, ahead)
-            if found and path != self.subject.paths[stream]:
+            found = options_of(t, stream.tokens, samples, stream.batch, lengths, ahead)
+            if found and path != self.subject.paths[stream.index]:
                 options[path] = found
                 groups.setdefault((path.rpartition(".")[0] if path.count(".") > 1 else path, t.shape), []).append(path)
         return options, list(groups.values())
 
-    def _one_by_one(self, stream: int, outputs: list[int], pattern: str, moving: Tensor) -> dict[str, str] | None:
+    def _one_by_one(self, stream: Stream, outputs: list[int]) -> dict[str, str] | None:
         """Return the arguments that move, each told by itself while the others are the same for every token.
 
         So the trials add up, where those of whole sets multiply. What shows beside another argument alone is left to those.
         """
-        moved = {self.subject.paths[stream]: pattern}
-        options, groups = self._options(stream, pattern, moving)
+        moved = {self.subject.paths[stream.index]: stream.pattern}
+        options, groups = self._options(stream)
         shapes = dict(zip(self.subject.paths, (t.shape for t in self.subject.tensors), strict=True))
         # First what is shaped like the stream, whose batch axis is then known where a table makes a block run sample by sample.
-        groups.sort(key=lambda group: shapes[group[0]] != self.subject.tensors[stream].shape)
+        groups.sort(key=lambda group: shapes[group[0]] != self.subject.tensors[stream.index].shape)
         axes = {path: {axis for words in found for axis in parse_axes(words).tokens} for path, found in options.items()}
-        draws = [self.subject, *(self.subject.again() if moving.shape[1] < FEW_TOKENS else ())]  # see `_gap`
+        draws = [self.subject, *(self.subject.again() if stream.tokens < FEW_TOKENS else ())]  # see `_gap`
         for group in groups:
             levels = [level for level in (draw.leveled(axes, but=group) for draw in draws) if level is not None]
-            self.count += len(draws)
             ways = dict.fromkeys(words for likely in by_likelihood(options) for words in likely[group[0]])
             sets = [moved, *(moved | dict.fromkeys(group, words) for words in ways)]
-            found = next((each for each in sets if all(self._moves(level, stream, outputs, moving, each) for level in levels)), None)
+            found = next((each for each in sets if all(self._moves(level, stream, outputs, each) for level in levels)), None)
             if found is None or not levels:
                 return None
             moved = found
         return moved if len(moved) > 1 else None
 
-    def _moves(self, level: Subject, stream: int, outputs: list[int], moving: Tensor, moved: dict[str, str]) -> bool:
-        pattern = moved[level.paths[stream]]
-        for patterns in self._completed(moved, stream, pattern):
-            self.count += 1
+    def _moves(self, level: Subject, stream: Stream, outputs: list[int], moved: dict[str, str]) -> bool:
+        for patterns in self._completed(moved, stream):
             try:
-                if level.error(patterns, stream, outputs, moving, pattern) <= self._tolerance():
+                if level.error(patterns, stream, outputs) <= self._tolerance():
                     return True
             except OUT_OF_MEMORY:
                 raise
@@ -427,14 +421,16 @@ class _Trial:
                 continue
         return False
 
-    def _completed(self, moved: dict[str, str], stream: int, pattern: str) -> Iterator[dict[str, str]]:
-        batch = parse_axes(pattern).batch
-        samples = None if batch is None else self.subject.tensors[stream].shape[batch]
+    def _samples(self, stream: Stream) -> int | None:
+        return None if stream.batch is None else self.subject.tensors[stream.index].shape[stream.batch]
+
+    def _completed(self, moved: dict[str, str], stream: Stream) -> Iterator[dict[str, str]]:
+        batch, samples = stream.batch, self._samples(stream)
 
         def shares(path: str, axis: int) -> bool:
-            key = (path, axis, stream, batch)
+            key = (path, axis, stream.index, batch)
             if key not in self.shared:
-                self.shared[key] = self.subject.shares(self.subject.paths.index(path), axis, stream, batch or 0)
+                self.shared[key] = self.subject.shares(self.subject.paths.index(path), axis, stream.index, batch or 0)
             return self.shared[key]
 
         tensors = dict(zip(self.subject.paths, self.subject.tensors, strict=True))

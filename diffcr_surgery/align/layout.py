@@ -6,14 +6,15 @@ rest of the recording is asked: blocks on the same stream that do mix, and then 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from diffcr_surgery.align.proof import Subject
-from diffcr_surgery.detect import MOVES, Lineage, function_of, latent_inputs, named_leaves
+from diffcr_surgery.detect import MOVES, Lineage, function_of, latent_inputs, named_leaves, sources_of
 from diffcr_surgery.trace.recording import BlockCall, Flow, Recording
 from diffcr_surgery.trace.reference import OUT_OF_MEMORY, BlockSample
 
@@ -52,7 +53,7 @@ class Layouts:
     def _mixed_axes(self, node: fx.Node, given: fx.Node) -> frozenset[int]:
         block = self._block(node)
         found: frozenset[int] = frozenset()
-        for path, (_, source) in named_leaves(block.module, node.args, node.kwargs, fx.Node).items():
+        for path, source in sources_of(block.module, node).items():
             if source is given:
                 key = (block.kind, path)
                 if key not in self._mixed:
@@ -80,9 +81,9 @@ class Layouts:
 
     def _keeps(self, node: fx.Node) -> bool:
         """Tell whether what a node returns has its axes in the order of what it is given, if it has the same shape."""
-        name = function_of(node)
-        if name in ("getitem", "getattr") and node.args and node.args[0] in self._calls:
+        if node.target in (operator.getitem, getattr) and node.args[0] in self._calls:
             return True
+        name = function_of(node)
         return node not in self._calls and name != "einsum" and (name not in MOVES or name in ("clone", "contiguous", "detach"))
 
     def _axis_of_samples(self, stream: fx.Node, mark: Tensor) -> int | None:
@@ -90,17 +91,16 @@ class Layouts:
         samples = _samples(self._graph, latent)
         if samples is None:
             return None
+        if samples == 1:
+            return next((axis for axis in (0, 1) if mark.shape[axis] == 1), 0)
         lineage = _FirstSample(latent)
-        blocks: Mapping[fx.Node, fx.Node] = self._calls
         for node in self._graph.nodes:
-            if node in blocks:
+            if node in self._calls:
                 lineage.settle_dense(self._block(node).module, node)
             else:
                 lineage.follow(node)
             if node is stream:
                 break
-        if samples == 1:
-            return next((axis for axis in (0, 1) if mark.shape[axis] == 1), 0)
         first = lineage.tokens(stream)
         # All that stems from the latent in some rows, or in some columns, but not in all of them.
         found = [axis for axis in (0, 1) if torch.equal(first, mark & first.any(1 - axis, keepdim=True)) and not torch.equal(first, mark)]
@@ -137,8 +137,10 @@ class _FirstSample(Lineage):
         super().follow(node)
         if node.op == "placeholder" and node in self._latent:
             mark = torch.zeros(node.meta["shape"], dtype=torch.bool, device="cpu")
-            first = next(iter(sorted(self._latent)))
-            (mark[:1] if len(self._latent) == 1 else mark[:])[...] = node is first
+            if len(self._latent) == 1:
+                mark[:1] = True
+            else:  # one input a sample
+                mark[...] = node is min(self._latent)
             self._marks[node] = mark
 
     def tokens(self, stream: fx.Node) -> Tensor:

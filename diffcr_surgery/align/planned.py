@@ -11,7 +11,7 @@ from diffcr_surgery._tree import flatten
 from diffcr_surgery.align import Alignment
 from diffcr_surgery.align.candidates import complete, prefix_of
 from diffcr_surgery.axes import Axes, parse_axes
-from diffcr_surgery.detect import named_leaves
+from diffcr_surgery.detect import by_sample, named_leaves
 from diffcr_surgery.trace.reference import BlockSample
 
 __all__ = ["align_as_planned"]
@@ -39,7 +39,7 @@ def align_as_planned(sample: BlockSample, streams: Mapping[str, Tensor], known: 
     pattern = known.axes[known.stream]
     batch = parse_axes(pattern).batch
     stream, mark = leaves[known.stream][1], streams[known.stream]
-    moving = mark[None] if batch is None else mark if batch == 0 else mark.T
+    moving = by_sample(mark, batch)
     samples, tokens, most = moving.shape[0], moving.shape[1], int(moving.sum(1).max())
     if most < 2:
         return dataclasses.replace(_refused("its stream holds a single token that stems from the latent"), tokens=1)
@@ -55,7 +55,8 @@ def align_as_planned(sample: BlockSample, streams: Mapping[str, Tensor], known: 
     counts = {name: word for name, word in known.counts.items() if name in numbers}
     wrong = sorted(name for name, word in counts.items() if word != "off" and numbers[name] != (most if word == "n" else tokens))
     if wrong:
-        return _refused(f"its arguments {wrong} count the tokens, and are not {most}")
+        given = [numbers[name] for name in wrong]
+        return _refused(f"its arguments {wrong} count the tokens ({tokens}, of which {most} may bypass), and are {given}")
     paths, tensors, _ = flatten((sample.args, sample.kwargs))
     at = None if batch is None else stream.shape[batch]
     by_path = {leaves[name][0]: words for name, words in moved.items()}
@@ -68,7 +69,8 @@ def _fits(tensor: Tensor, axes: Axes, sizes: Mapping[str, tuple[int, ...]], toke
     if tensor.ndim != len(axes.words):
         return False
     for word, size in zip(axes.words, tensor.shape, strict=True):
-        if size < tokens if word in ("m+n", "n+m") else size not in sizes.get(word, (size,)):
+        fits = size >= tokens if word in ("m+n", "n+m") else size in sizes.get(word, (size,))
+        if not fits:
             return False
     return True
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffcr_surgery._tree import fill, flatten, map_leaves
+from diffcr_surgery._tree import fill, flatten, leaves_of, map_leaves
 from diffcr_surgery.axes import parse_axes
 from diffcr_surgery.caches import bare_copy
 from diffcr_surgery.tokens import gather_each, gather_tokens, per_sample, sample_axes
@@ -23,7 +23,7 @@ from diffcr_surgery.trace.perturb import generator, normal
 from diffcr_surgery.trace.reference import OUT_OF_MEMORY
 from diffcr_surgery.trace.undisturbed import equal
 
-__all__ = ["Subject", "tolerance"]
+__all__ = ["Stream", "Subject", "tolerance"]
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -36,6 +36,31 @@ def tolerance(tensor: Tensor) -> float:
     device = tensor.device.type
     dtypes = {tensor.dtype} | ({torch.get_autocast_dtype(device)} if torch.is_autocast_enabled(device) else set())
     return max(_TOLERANCE.get(dtype, 1e-1) for dtype in dtypes)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A way to read one argument as a stream of tokens.
+
+    Attributes:
+        index: Its index among the tensors.
+        pattern: Its axes.
+        moving: Which tokens may move, ``b n``; the others stay in their places.
+    """
+
+    index: int
+    pattern: str
+    moving: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it has, those that stay among them."""
+        return self.moving.shape[1]
+
+    @property
+    def batch(self) -> int | None:
+        """Its batch axis, ``None`` if it is packed."""
+        return parse_axes(self.pattern).batch
 
 
 @dataclass
@@ -121,32 +146,20 @@ class Subject:
             return None
         return replace(self, block=block, tensors=tensors, baseline=[t.clone() for t in baseline])
 
-    def error(
-        self,
-        patterns: dict[str, str],
-        stream: int,
-        outputs: Sequence[int],
-        moving: Tensor,
-        pattern_out: str,
-        counts: dict[str, int] | None = None,
-    ) -> float:
+    def error(self, patterns: dict[str, str], stream: Stream, outputs: Sequence[int], counts: dict[str, int] | None = None) -> float:
         """Return the largest relative error of equivariance under a random permutation of the moving tokens, another for each sample.
 
         Args:
             patterns: Path -> axis pattern of the arguments that move with the tokens (and ``"b"`` for batched ones).
-            stream: Index of the stream among the tensors.
-            outputs: Indices of the outputs that have to be permuted; all others have to stay.
-            moving: Which tokens are permuted, ``b n``; the others stay in their places.
-            pattern_out: Axis pattern of those outputs.
+            stream: The stream.
+            outputs: Indices of the outputs that have to be permuted, and have its axes; all others have to stay.
             counts: Path -> another value for a number among the arguments.
         """
-        tokens = moving.shape[1]
-        order = _permutations(moving, generator(self.draw))
-        order = order.to(self.tensors[stream].device)
-        moved = self.run(patterns, order, tokens, pattern_out, counts)
-        plain = torch.arange(tokens, device=order.device).expand_as(order)
-        baseline = self.baseline if counts is None else self.run(patterns, plain, tokens, pattern_out, counts)
-        wanted = [gather_tokens(t, order, pattern_out, tokens) if i in outputs else t for i, t in enumerate(baseline)]
+        order = _permutations(stream.moving, generator(self.draw)).to(self.tensors[stream.index].device)
+        moved = self.run(patterns, stream, order, counts)
+        plain = torch.arange(stream.tokens, device=order.device).expand_as(order)
+        baseline = self.baseline if counts is None else self.run(patterns, stream, plain, counts)
+        wanted = [gather_tokens(t, order, stream.pattern, stream.tokens) if i in outputs else t for i, t in enumerate(baseline)]
         if any(moved[i].shape != wanted[i].shape for i in self.read):
             return float("inf")
         return max(_gap(moved[i], wanted[i]) for i in self.read)
@@ -172,27 +185,29 @@ class Subject:
 
     def _heard(self, argument: int, axis: int, count: int, output: int, along: int, seed: int) -> bool:
         """Tell whether changing the first entries of an argument along an axis changes all but as many of an output along another."""
-        tensors = list(self.tensors)
-        tensors[argument] = tensors[argument].clone()
-        first = tensors[argument].narrow(axis, 0, count)
-        first.copy_(_shaken(first, generator(seed), upcast=False))  # not shifted: a norm takes the same amount off every channel again
-        other = self.on(tensors)
+        other = self._with_other(argument, axis, count, seed)
         if other is None:
             return False
         rest = self.baseline[output].shape[along] - count
         changed, before = (each.baseline[output].narrow(along, count, rest) for each in (other, self))
         return _gap(changed, before) > self.tolerance(before)
 
+    def _with_other(self, argument: int, axis: int, count: int, seed: int) -> Subject | None:
+        """Return the same with other first entries of an argument along an axis, ``None`` where the block cannot take them."""
+        tensors = list(self.tensors)
+        tensors[argument] = tensors[argument].clone()
+        first = tensors[argument].narrow(axis, 0, count)
+        first.copy_(_shaken(first, generator(seed), upcast=False))  # not shifted: a norm takes the same amount off every channel again
+        return self.on(tensors)
+
     def batches(self, stream: int, axis: int) -> dict[int, int]:
         """Return each output whose batch axis is not the stream's -> that axis, told by what changing the first sample changes."""
-        tensors = list(self.tensors)
-        tensors[stream] = tensors[stream].clone()
-        first = tensors[stream].narrow(axis, 0, 1)
-        first.copy_(_shaken(first, generator(0), upcast=False))
-        changed = _call(self.block, self.template, [t.clone() for t in tensors])[1]
-        samples, found = tensors[stream].shape[axis], {}
+        other = self._with_other(stream, axis, 1, seed=0)
+        if other is None:
+            return {}
+        samples, found = self.tensors[stream].shape[axis], {}
         for i in self.read:
-            differs = changed[i] != self.baseline[i]
+            differs = other.baseline[i] != self.baseline[i]
             axes = [at for at in (axis, 0) if at < differs.ndim and differs.shape[at] == samples]
             own = next((at for at in axes if not bool(differs.narrow(at, 1, samples - 1).any())), None)
             if own is not None and own != axis:
@@ -200,27 +215,25 @@ class Subject:
         return found
 
     @torch.no_grad()
-    def run(self, patterns: dict[str, str], kept: Tensor, tokens: int, stream: str, counts: dict[str, int] | None = None) -> list[Tensor]:
+    def run(self, patterns: dict[str, str], stream: Stream, kept: Tensor, counts: dict[str, int] | None = None) -> list[Tensor]:
         """Call the block on the chosen tokens, with everything that moves gathered alike.
 
         Args:
             patterns: Path -> axis pattern of what moves.
+            stream: The stream.
             kept: Indices ``b k``.
-            tokens: n.
-            stream: Axis pattern of the stream.
             counts: Path -> another value for a number among the arguments.
         """
         template = map_leaves(self.template, lambda path, leaf: (counts or {}).get(path, leaf))
         apart = needs_samples(patterns, kept.shape[0])
         gathered = [
-            _gathered(t, kept, patterns[path], tokens, apart) if parse_axes(patterns.get(path, "-")).tokens else t.clone()
+            _gathered(t, kept, patterns[path], stream.tokens, apart) if parse_axes(patterns.get(path, "-")).tokens else t.clone()
             for path, t in zip(self.paths, self.tensors, strict=True)
         ]
         if not apart:
             return _call(self.block, template, gathered)[1]
         args, kwargs = fill(template, gathered)
-        joined = parse_axes(stream).batch or 0
-        return flatten(per_sample(self.block, args, kwargs, sample_axes(patterns), kept.shape[0], joined))[1]
+        return flatten(per_sample(self.block, args, kwargs, sample_axes(patterns), kept.shape[0], stream.batch or 0))[1]
 
 
 def _permutations(moving: Tensor, source: torch.Generator) -> Tensor:
@@ -237,14 +250,18 @@ def _permutations(moving: Tensor, source: torch.Generator) -> Tensor:
 
 def _causal_flags(block: nn.Module, template: Any, tensors: list[Tensor]) -> dict[str, bool]:
     """Return the flags that say of a mask that it is causal, switched off, if the mask then does the same by itself."""
-    found: dict[str, bool] = {}
-    map_leaves(template, lambda path, leaf: found.update({path: False}) if leaf is True and path.endswith("is_causal") else None)
+    found = {path: False for path, flag in leaves_of(template, bool) if flag and path.endswith("is_causal")}
     if not found:
         return {}
     twin = bare_copy(block, device_of(tensors)).eval()
     without = map_leaves(template, lambda path, leaf: found.get(path, leaf))
-    _, flagged = _call(twin, template, [t.clone() for t in tensors])
-    _, masked = _call(twin, without, [t.clone() for t in tensors])
+    try:
+        _, flagged = _call(twin, template, [t.clone() for t in tensors])
+        _, masked = _call(twin, without, [t.clone() for t in tensors])
+    except OUT_OF_MEMORY:
+        raise
+    except Exception:  # a mask that does not fit, say; such a block is tried with its flags as they are
+        return {}
     same = all(_gap(a, b) <= tolerance(a) for a, b in zip(masked, flagged, strict=True))
     return found if same else {}
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from diffcr_surgery._tree import flatten, map_leaves
+from diffcr_surgery._tree import flatten, map_tensors
 from diffcr_surgery.align import Alignment
 from diffcr_surgery.caches import bare_copy
 from diffcr_surgery.trace.key import device_of
@@ -25,7 +24,7 @@ def has_no_residual(sample: BlockSample, found: Alignment) -> bool | None:
         Whether it has none; ``None`` where zero weights make no sense: a weight norm, say, divides by them.
     """
     twin = bare_copy(sample.module, device_of(flatten((sample.args, sample.kwargs))[1])).eval()
-    args, kwargs = map_leaves((sample.args, sample.kwargs), lambda _, leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
+    args, kwargs = map_tensors((sample.args, sample.kwargs), torch.clone)
     try:
         for name, weight in twin.named_parameters():
             # Norms keep their scale: one that stands after the residual would hide it otherwise.

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from diffcr_surgery import SurgeryPlan
 from diffcr_surgery.axes import parse_axes
@@ -29,18 +30,20 @@ class Shortening(Protocol):
         """Return the stream that goes on, given what the block made of it."""
 
 
-def attach(model: nn.Module, plan: SurgeryPlan, shortening: Shortening) -> None:
-    """Shorten the routed blocks of a plan in a model that is not converted."""
+def attach(model: nn.Module, plan: SurgeryPlan, shortening: Shortening) -> list[RemovableHandle]:
+    """Shorten the routed blocks of a plan in a model that is not converted; what is returned takes it back."""
+    handles = []
     for site in plan.routed_sites:
         block = model.get_submodule(site.path)
         names = list(inspect.signature(block.forward).parameters)
-        block.register_forward_pre_hook(_before(shortening, site, names), with_kwargs=True)
-        block.register_forward_hook(_after(shortening, site))
+        handles.append(block.register_forward_pre_hook(_before(shortening, site, names), with_kwargs=True))
+        handles.append(block.register_forward_hook(_after(shortening, site)))
+    return handles
 
 
 def stream_of(site: BlockSite) -> tuple[str, str]:
     """Return the name of the argument that is a block's stream, and the place among its outputs that continues it ('' for a lone one)."""
-    alignment, _ = site.hint  # type: ignore[misc]  # every site of a plan that was made here has one
+    alignment, _ = site.hint
     return alignment.stream, alignment.output
 
 

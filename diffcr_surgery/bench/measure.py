@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffcr_surgery import SurgeryPlan
 from diffcr_surgery.bench.hooks import stream_of
+from diffcr_surgery.runtime.convert import state_of
 from diffcr_surgery.runtime.execute import prepare
 from diffcr_surgery.tokens import per_sample
 from diffcr_surgery.trace.key import bind_call
@@ -108,8 +109,7 @@ def routing_share(model: nn.Module, inputs: dict[str, Any], rounds: int, cuda: b
         rounds: How often it is run, after a run that does not count.
         cuda: Whether to wait for the GPU.
     """
-    state: Any = model.get_submodule("diffcr")
-    (step,) = prepare(model, state, bind_call(model.forward, (), inputs), model.forward).steps
+    (step,) = prepare(model, state_of(model), bind_call(model.forward, (), inputs), model.forward).steps
     shares = []
     for _ in range(rounds + 1):
         run = _Shares(model, step.graph, cuda)

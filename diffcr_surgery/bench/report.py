@@ -1,4 +1,4 @@
-"""The outcome of a bench: `table.md`, `report.json` and `latency.png`."""
+"""The outcome of a bench: the rows compared, the table and `latency.png`."""
 
 from __future__ import annotations
 

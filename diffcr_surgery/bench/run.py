@@ -108,11 +108,12 @@ def run_bench(settings: Settings, out: Path) -> None:
     machine = f"{device}, threads: {torch.get_num_threads()}, torch {torch.__version__}; {settings.rounds} rounds"
     lines = [f"{settings.title}; {machine}.", "", results_table(rows, ideal), ""]
     lines += [_READING, ""]
-    shares = ", ".join(f"{share:.1%} at {ratio:g}".replace("%", " %") for ratio, share in routing.items())
-    lines.append(f"Router, choice, gathers, gate and scatter, node by node in eager mode, against the time of their blocks: {shares}.")
+    if routing:
+        shares = ", ".join(f"{share:.1%} at {ratio:g}".replace("%", " %") for ratio, share in routing.items())
+        lines.append(f"Router, choice, gathers, gate and scatter, node by node in eager mode, against the time of their blocks: {shares}.")
     lines.append(f"Routed at 0 gives what dense gives, bit for bit: {'yes' if identical else 'NO'}.")
     lines += notes
-    ladder = _break_even(settings, rows) if settings.break_even else {}
+    ladder = _break_even(settings, rows) if settings.break_even and settings.ratios else {}
     lines += [_break_even_line(ratio, speed_ups) for ratio, speed_ups in ladder.items()]
     text = "\n".join(lines)
     print(text)
@@ -200,7 +201,7 @@ def _break_even(settings: Settings, rows: Sequence[Row]) -> dict[float, dict[int
 
 def _routed_speed_ups(settings: Settings, tokens: int) -> dict[float, float]:
     dense, inputs = _build(settings, tokens)
-    sides = build_sides(dense, inputs, settings.ratios, None, shortened=False)[0]
+    sides = build_sides(dense, inputs, settings.ratios, None, limit=False)[0]
     for side in sides:
         side.model(**inputs, return_dict=False)  # a routed model's first call records its graph, and is none to compile
     with _calls(settings, sides, inputs) as calls:

@@ -14,6 +14,7 @@ from torch import nn
 
 import diffcr_surgery as dcs
 from diffcr_surgery.bench.hooks import Limit, attach
+from diffcr_surgery.runtime.convert import state_of
 
 __all__ = ["DENSE", "LIMIT", "MERGING", "ROUTED", "Side", "build_sides", "load_merging"]
 
@@ -38,7 +39,7 @@ class Side:
 
 
 def build_sides(
-    dense: nn.Module, inputs: dict[str, Any], ratios: Sequence[float], merging: Merging | None, shortened: bool = True
+    dense: nn.Module, inputs: dict[str, Any], ratios: Sequence[float], merging: Merging | None, limit: bool = True
 ) -> tuple[list[Side], dcs.SurgeryPlan, list[str]]:
     """Build the sides of a comparison.
 
@@ -47,17 +48,17 @@ def build_sides(
         inputs: Arguments of a call.
         ratios: Ratios to compare at; routed at 0 is built besides.
         merging: What adds token merging to a model; `None` leaves it out.
-        shortened: Whether to build the limit too.
+        limit: Whether to build the limit too.
 
     Returns:
         The sides, the plan of their blocks, and a note for each side that could not be built.
     """
     first = _routed(dense, inputs, 0.0)
-    plan: dcs.SurgeryPlan = first.get_submodule("diffcr").plan  # type: ignore[assignment]  # nn.Module declares no attributes
+    plan = state_of(first).plan
     sides, notes = [Side(DENSE, 0.0, dense), Side(ROUTED, 0.0, first)], []
     for ratio in ratios:
         sides.append(Side(ROUTED, ratio, _routed(dense, inputs, ratio)))
-        if shortened:
+        if limit:
             attach(twin := share(dense), plan, Limit(plan, ratio))
             sides.append(Side(LIMIT, ratio, twin))
         if merging is not None:
@@ -79,9 +80,8 @@ def share(model: nn.Module) -> nn.Module:
 def _routed(dense: nn.Module, inputs: dict[str, Any], ratio: float) -> nn.Module:
     """Return a twin, converted and specialised at a ratio. Its routers are random: with zeros all scores would tie."""
     model = dcs.convert_(share(dense), inputs, dcs.DiffCRConfig(initial_ratio=ratio, learn_ratios=False))
-    for name, weight in model.get_submodule("diffcr").named_parameters():
-        if name.startswith("routers."):
-            nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+    for weight in state_of(model).routers.parameters():
+        nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
     return dcs.specialize_(model)
 
 

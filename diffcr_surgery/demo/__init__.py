@@ -8,6 +8,8 @@
 * `training.py`: dense training, and the fine-tuning that all arms share.
 * `measure.py`: held-out loss, FLOPs, latency, legibility.
 * `pictures.py`: `samples.png`, `ratios.png`, `routing.png`.
+* `report.py`: `report.json`, the table, and the verdict in words.
+* `progress.py`: what is shown while it works.
 
 Nothing here is imported by the library itself.
 """

@@ -50,23 +50,22 @@ class RewriteResult(NamedTuple):
 
     Attributes:
         graph: The new graph; the one given is never changed.
-        modified: Whether any site was routed.
         takes_region: Whether it ends in a placeholder for the samples' regions.
         takes_model: Whether it ends in a placeholder for the model, which checkpointed sites need.
     """
 
     graph: fx.Graph
-    modified: bool
     takes_region: bool
     takes_model: bool
 
 
 def used_items(node: fx.Node) -> list[int | str] | None:
     """Return the output items by which a block's result is used: empty if it is a lone tensor, ``None`` if mixed."""
-    takes = [user.args[1] if user.target in (operator.getitem, getattr) and "shape" not in node.meta else None for user in node.users]
     if "shape" in node.meta:
         return []
-    return None if any(not isinstance(item, (int, str)) for item in takes) else list(dict.fromkeys(takes))  # type: ignore[arg-type]
+    taken = [user.args[1] for user in node.users if user.target in (operator.getitem, getattr)]
+    items = [item for item in taken if isinstance(item, (int, str))]
+    return list(dict.fromkeys(items)) if len(items) == len(node.users) else None
 
 
 class RouteTokens:
@@ -138,13 +137,14 @@ class RouteTokens:
                 else:
                     taken[node] = self._emit(out, node, fx.map_arg(node.args, env.get), fx.map_arg(node.kwargs, env.get), items, shared)
                 self._mark(out, before, node)
-                env |= {node: taken[node][None]} if None in taken[node] else {}
+                if None in taken[node]:
+                    env[node] = taken[node][None]
             else:
                 if node.op == "output" and self.checked and shared.scores:
                     paths = {call.router: call.path for call in reversed(calls)}
                     out.call_function(ops.check_scores, (tuple(paths[row] for row in shared.scores), tuple(shared.scores.values())))
                 env[node] = out.node_copy(node, env.__getitem__)
-        return RewriteResult(out, bool(self.calls), blending, bool(wrapped))
+        return RewriteResult(out, blending, bool(wrapped))
 
     def _mark(self, out: fx.Graph, before: fx.Node, node: fx.Node) -> None:
         """Note on all nodes after ``before`` which site they belong to."""

@@ -52,10 +52,10 @@ class RoutedCall:
         output: Item of the output that continues the stream; ``None`` for a lone output.
         tokens: Length of the stream's token axis.
         staying: Tokens on it that never bypass.
+        samples: b.
         outside: Whether the residual is added after the block, so that a bypassed token takes zero from it.
         overwrites: Whether the block writes into its stream; it gets a copy where gate, router or a second branch read that too.
         counts: Path of each number that counts tokens -> ``"n"`` (those that may bypass) or ``"m+n"`` (all), of a causal flag -> ``"off"``.
-        samples: b.
         batches: Item of the output -> its batch axis, where the stream's is not the first.
         random: Whether the block draws random numbers.
         gate: Gate form.
@@ -70,15 +70,15 @@ class RoutedCall:
     pattern: str
     output: int | str | None
     tokens: int
+    staying: Spans
     samples: int
+    outside: bool
+    overwrites: bool
+    counts: dict[str, str]
+    batches: dict[int | str, int]
     random: bool
     gate: str
-    branches: str = "two"
-    staying: Spans = ()
-    outside: bool = False
-    counts: dict[str, str] = field(default_factory=dict)
-    batches: dict[int | str, int] = field(default_factory=dict)
-    overwrites: bool = False
+    branches: str
 
     def kept(self, ratio: float) -> int:
         """Return how many tokens of the stream are kept at a ratio."""
@@ -102,22 +102,24 @@ class Shared:
         staying: Spans of tokens that stay, and their number in all -> the mask.
     """
 
-    region: fx.Node | None = None
-    checked: bool = True
-    wanted: frozenset[int] = frozenset()
-    risky: bool = True
+    region: fx.Node | None
+    checked: bool
+    wanted: frozenset[int]
+    risky: bool
     scores: dict[int, fx.Node] = field(default_factory=dict)
     staying: dict[tuple[Spans, int], fx.Node] = field(default_factory=dict)
 
 
-def _item(graph: fx.Graph, block: fx.Node, item: int | str) -> fx.Node:
-    return graph.call_function(operator.getitem if isinstance(item, int) else ops.named_item, (block, item))
+def _items(graph: fx.Graph, block: fx.Node, items: list[int | str]) -> dict[int | str | None, fx.Node]:
+    """Take the wanted items out of a block's output (none: the output as a whole)."""
+    if not items:
+        return {None: block}
+    return {item: graph.call_function(operator.getitem if isinstance(item, int) else ops.named_item, (block, item)) for item in items}
 
 
 def emit_block(graph: fx.Graph, path: str, args: Any, kwargs: Any, items: list[int | str]) -> dict[int | str | None, fx.Node]:
     """Emit a plain call of a block and take the wanted items out of its output (none: the output as a whole)."""
-    block = graph.call_module(path, args, kwargs)
-    return {item: _item(graph, block, item) for item in items} if items else {None: block}
+    return _items(graph, graph.call_module(path, args, kwargs), items)
 
 
 def emit_site(
@@ -138,12 +140,12 @@ def emit_site(
         Node of each used item; the one of the stream has all n tokens.
     """
     emitter = _Site(graph, call, args, kwargs, items, shared, blended=decision.upper is not None)
-    if call.index in shared.wanted:
+    if call.index in shared.wanted:  # the router reads the stream of the first site it decides for, whether or not that one needs it
         emitter.scores()
     if decision.upper is None:
         return emitter.branch(decision.lower)
     table = graph.get_attr("diffcr.ratio_table")
-    weight = _named(graph, f"weight_{call.index}", ops.blend_weight, (table, call.index, shared.region, decision.lower, decision.upper))
+    weight = emitter.node("weight", ops.blend_weight, table, call.index, shared.region, decision.lower, decision.upper)
     if call.kept(decision.lower) == call.kept(decision.upper):  # so short a stream that both ratios keep the same tokens
         results = emitter.branch(decision.lower)
         results[call.output] = graph.call_function(ops.with_zero_gradients, (results[call.output], weight, emitter.scores()))
@@ -158,10 +160,6 @@ def emit_site(
     batch = parse_axes(call.pattern).batch
     axes = {item: batch if item is None else call.batches.get(item, batch) for item in lower}
     return {item: graph.call_function(ops.blend, (lower[item], upper[item], weight, axes[item])) for item in lower}
-
-
-def _named(graph: fx.Graph, name: str, target: Any, args: tuple[Any, ...]) -> fx.Node:
-    return graph.create_node("call_function", target, args, name=name)
 
 
 class _Site:
@@ -184,6 +182,10 @@ class _Site:
         map_leaves(self.arguments, lambda path, leaf: found.append(leaf) if path == wanted else None)
         return found[0]
 
+    def node(self, name: str, target: Any, *args: Any) -> fx.Node:
+        """Emit a call of a function under a name that says which site it belongs to."""
+        return self.graph.create_node("call_function", target, args, name=f"{name}_{self.call.index}")
+
     def scores(self) -> fx.Node:
         if self._scores is None:
             i = self.call.router
@@ -203,37 +205,35 @@ class _Site:
             return ()
         key = (self.call.staying, self.call.tokens)
         if key not in self.shared.staying:
-            name = f"staying_{self.call.index}"
-            self.shared.staying[key] = _named(self.graph, name, staying_tokens, (self.scores(), self.call.staying))
+            self.shared.staying[key] = self.node("staying", staying_tokens, self.scores(), self.call.staying)
         return (self.shared.staying[key],)
 
     def order(self) -> fx.Node:
         if self._order is None:
-            self._order = _named(self.graph, f"order_{self.call.index}", rank_tokens, (self.scores(), *self.staying()))
+            self._order = self.node("order", rank_tokens, self.scores(), *self.staying())
         return self._order
 
     def factor(self, toward: tuple[float, fx.Node] | None, decided: bool) -> fx.Node:
         """Emit by how much each token's update counts: its gate, and on the way to a second ratio also the blend."""
-        call, graph = self.call, self.graph
+        call = self.call
         if self._factor is None:
-            self._factor = _named(graph, f"factor_{call.index}", ops.gate_factor, (self.scores(), call.gate, *self.staying()))
+            self._factor = self.node("factor", ops.gate_factor, self.scores(), call.gate, *self.staying())
         if toward is None:
             return self._factor
         ratio, weight = toward
-        arguments = (self._factor, self.order(), call.kept(ratio), weight, decided or call.gate == "sigmoid")
-        return _named(graph, f"boundary_{call.index}", ops.boundary_factor, arguments)
+        decided = decided or call.gate == "sigmoid"
+        return self.node("boundary", ops.boundary_factor, self._factor, self.order(), call.kept(ratio), weight, decided)
 
     def kept(self, count: int) -> fx.Node:
         """Emit the kept tokens: ranked where a second ratio keeps the first of them, else as they come."""
-        name = f"kept_{self.call.index}"
         if not self.blended:
-            return _named(self.graph, name, top_tokens, (self.scores(), count, *self.staying()))
-        return _named(self.graph, name, keep_tokens, (self.order(), count, *((True,) if self.call.staying else ())))
+            return self.node("kept", top_tokens, self.scores(), count, *self.staying())
+        return self.node("kept", keep_tokens, self.order(), count, *((True,) if self.call.staying else ()))
 
     def gated(self, tokens: fx.Node, processed: fx.Node, factor: fx.Node) -> fx.Node:
         """Emit the gate: what the block did is scaled."""
         base = self.graph.call_function(torch.zeros_like, (processed,)) if self.call.outside else tokens
-        return _named(self.graph, f"gated_{self.call.index}", ops.gate_update, (base, processed, factor, self.call.pattern))
+        return self.node("gated", ops.gate_update, base, processed, factor, self.call.pattern)
 
     def branch(self, ratio: float, toward: tuple[float, fx.Node] | None = None, *, extra: bool = False) -> dict[int | str | None, fx.Node]:
         """Emit the block at one ratio.
@@ -251,11 +251,11 @@ class _Site:
             skip = self._skip()  # nothing enters the block
             return {call.output: graph.call_method("clone", (skip,)) if self.shared.risky and skip is self.stream else skip}
         kept = self.kept(count)
-        tokens = _named(graph, f"tokens_{call.index}", gather_tokens, (self.stream, kept, call.pattern, call.tokens))
+        tokens = self.node("tokens", gather_tokens, self.stream, kept, call.pattern, call.tokens)
         results = self._run_kept(kept, tokens, extra, count)
         factor = graph.call_function(ops.take_factors, (self.factor(toward, decided=True), kept))
         processed = self.gated(tokens, results[call.output], factor)
-        results[call.output] = _named(graph, f"stream_{call.index}", scatter_tokens, (self._skip(), processed, kept, call.pattern))
+        results[call.output] = self.node("stream", scatter_tokens, self._skip(), processed, kept, call.pattern)
         return results
 
     def _skip(self) -> fx.Node:
@@ -295,15 +295,13 @@ class _Site:
         args, kwargs = map_leaves(arguments, gather)
         if not apart:
             return self._call(args, kwargs, extra)
-        inner = (graph.get_attr(call.path), args, kwargs, sample_axes(call.axes), call.samples, parse_axes(call.pattern).batch or 0)
+        joined = parse_axes(call.pattern).batch or 0
         target = ops.per_sample_without_random_trace if extra and call.random else per_sample
-        return self._items(_named(graph, f"block_{call.index}", target, inner))
+        block = self.node("block", target, graph.get_attr(call.path), args, kwargs, sample_axes(call.axes), call.samples, joined)
+        return _items(graph, block, self.items)
 
     def _call(self, args: Any, kwargs: Any, extra: bool) -> dict[int | str | None, fx.Node]:
         if not (extra and self.call.random):
             return emit_block(self.graph, self.call.path, args, kwargs, self.items)
         block = self.graph.get_attr(self.call.path)
-        return self._items(self.graph.call_function(ops.without_random_trace, (block, args, kwargs)))
-
-    def _items(self, block: fx.Node) -> dict[int | str | None, fx.Node]:
-        return {item: _item(self.graph, block, item) for item in self.items} if self.items else {None: block}
+        return _items(self.graph, self.graph.call_function(ops.without_random_trace, (block, args, kwargs)), self.items)

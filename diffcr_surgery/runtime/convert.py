@@ -143,14 +143,19 @@ def _check_fits(model: torch.nn.Module, planned: SurgeryPlan) -> None:
             f"The plan was made for another {type(model).__name__}: {wrong[0]} is not in both, or has weights of other shapes here. Call "
             "plan(model, example_inputs) on this model."
         )
-    if getattr(vars(model).get("forward"), "__func__", None) is type(model).forward:  # hooks that are off leave it behind
-        del model.forward
-    if "forward" in vars(model):
+    if _forward_replaced(model):
         raise ConversionError(
             f"{type(model).__name__}.forward was replaced on the object itself (offloading hooks of accelerate and diffusers do that), so "
             "a conversion would go unseen. Remove the hook (accelerate.hooks.remove_hook_from_module, or "
             "model._diffusers_hook.remove_hook(name)), convert, and add it again."
         )
+
+
+def _forward_replaced(model: torch.nn.Module) -> bool:
+    """Tell whether forward was replaced on the object; what wrappers and hooks that are off left behind is taken away first."""
+    if getattr(vars(model).get("forward"), "__func__", None) is type(model).forward:
+        del model.forward
+    return "forward" in vars(model)
 
 
 def restore_(model: torch.nn.Module) -> torch.nn.Module:
@@ -184,10 +189,7 @@ def _restore(model: torch.nn.Module) -> torch.nn.Module:
             "Load the weights (torch.distributed.checkpoint.state_dict.get_model_state_dict gathers them) into a converted model that is "
             "not, and restore that."
         )
-    own = vars(model).get("forward")
-    if getattr(own, "__func__", None) is type(model).forward:  # accelerate's wrappers are off, and left this behind
-        del model.forward
-    elif own is not None:
+    if _forward_replaced(model):
         raise ConversionError(
             f"{type(model).__name__}.forward was replaced on the object itself after the conversion (accelerate does that for mixed "
             "precision and offloading, diffusers for offloading); take that back first: accelerator.unwrap_model(model, "

@@ -22,7 +22,7 @@ from diffcr_surgery.rewrite import Decision, FuseSites, RewriteResult, RoutedCal
 from diffcr_surgery.runtime.state import DiffCRState
 from diffcr_surgery.samples import find_splitting
 from diffcr_surgery.sites import site_calls
-from diffcr_surgery.split import given, join, refused, select
+from diffcr_surgery.split import join, kind_of_call, refused, select
 from diffcr_surgery.tokens import staying_count
 from diffcr_surgery.trace.key import Call, model_device
 from diffcr_surgery.trace.recorder import rng_state
@@ -62,14 +62,12 @@ class _Routed:
         self._lock = threading.RLock()
         self._forms: OrderedDict[tuple[tuple[Decision, ...], bool, bool], tuple[Callable[..., Any], RewriteResult]] = OrderedDict()
 
-    def step(
-        self, model: torch.nn.Module, state: DiffCRState, tensors: list[torch.Tensor], decisions: tuple[Decision, ...], regions: list[int]
-    ) -> Step:
-        """Return the graph for these decisions, made now if need be."""
-        run, result = self._form(decisions, state.specialized, state.specialized and not torch.is_grad_enabled())
-        extra: list[Any] = [torch.tensor(regions, device=state.ratio_table.device)] if result.takes_region else []
+    def step(self, model: torch.nn.Module, state: DiffCRState, part: _Part) -> Step:
+        """Return the graph for the decisions of a part, made now if need be."""
+        run, result = self._form(part.decisions, state.specialized, state.specialized and not torch.is_grad_enabled())
+        extra: list[Any] = [torch.tensor(part.regions, device=state.ratio_table.device)] if result.takes_region else []
         extra += [model] if result.takes_model else []
-        return Step(result.graph, run, (model, *tensors, *self.recording.constants, *extra), self.recording)
+        return Step(result.graph, run, (model, *part.call.tensors, *self.recording.constants, *extra), self.recording)
 
     def graphs(self) -> list[fx.Graph]:
         """Return the graphs run so far, the last one last."""
@@ -93,7 +91,7 @@ class _Routed:
 def _aligned(recording: Recording, plan: SurgeryPlan) -> dict[Any, RoutedCall]:
     """Align a recording with the plan's sites: what was proven is proven anew where the shapes differ."""
     rows = {(site.path, site.occurrence): (row, site) for row, site in enumerate(plan.routed_sites)}
-    calls = site_calls(recording, {(site.path, site.occurrence): site.hint for site in plan.sites if site.hint is not None})
+    calls = site_calls(recording, {(site.path, site.occurrence): site.hint for site in plan.sites})
     routed: dict[Any, RoutedCall] = {}
     for call in calls:
         if (call.path, call.occurrence) not in rows:
@@ -158,7 +156,7 @@ def answer(model: torch.nn.Module, state: DiffCRState, call: Call, forward: Call
     for part in parts:
 
         def use(recording: Recording, part: _Part = part) -> Any:
-            step = _routed(recording, state).step(model, state, part.call.tensors, part.decisions, part.regions)
+            step = _routed(recording, state).step(model, state, part)
             return recording.execute(step.run, step.inputs)
 
         outputs.append(state.recordings.answer(model, part.call, forward, use))
@@ -193,7 +191,7 @@ def prepare(model: torch.nn.Module, state: DiffCRState, call: Call, forward: Cal
     for part in parts:
 
         def use(recording: Recording, part: _Part = part) -> Step:
-            return _routed(recording, state).step(model, state, part.call.tensors, part.decisions, part.regions)
+            return _routed(recording, state).step(model, state, part)
 
         steps.append(state.recordings.answer(model, part.call, forward, use))
     device = model_device(model, call.tensors)
@@ -229,7 +227,7 @@ def _cut(model: torch.nn.Module, state: DiffCRState, call: Call, forward: Callab
     if len(groups) == 1:
         return [_Part(call, cache[regions[0]], _once(regions), list(range(len(regions))))], frozenset()
     with _SPLITTING:  # one thread finds it, the others wait
-        kind = given(call, len(regions))
+        kind = kind_of_call(call, len(regions))
         splitting = state.splittings.get(kind)
         if splitting is None:  # the first of its kind: it is run on samples alone
             splitting = state.splittings[kind] = find_splitting(model, forward, call, len(regions))
@@ -239,7 +237,7 @@ def _cut(model: torch.nn.Module, state: DiffCRState, call: Call, forward: Callab
         _Part(select(call, rows, len(regions), splitting.shared), decisions, _once([regions[row] for row in rows]), rows)
         for (decisions, _), rows in groups.items()
     ]
-    return parts, splitting.lists or frozenset()
+    return parts, splitting.lists
 
 
 def _once(regions: list[int]) -> list[int]:

@@ -24,7 +24,7 @@ from diffcr_surgery.trace.key import bind_call
 
 __all__ = ["leave_to_compiler", "original_class", "subclass"]
 
-_SUBCLASSES: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
+_SUBCLASSES: weakref.WeakKeyDictionary[type[torch.nn.Module], type[torch.nn.Module]] = weakref.WeakKeyDictionary()
 _LOCK = threading.RLock()
 
 
@@ -66,7 +66,7 @@ def leave_to_compiler(converted: Any) -> None:
                 _OUTSIDE[function] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
 
 
-def _rebuild(original: type, make: Any, args: tuple[Any, ...], specialized: bool) -> Any:
+def _rebuild(original: type[torch.nn.Module], make: Any, args: tuple[Any, ...], specialized: bool) -> Any:
     """Recreate a converted object for pickle and deepcopy, whose class cannot be found by name."""
     converted = subclass(original)
     if specialized:
@@ -83,7 +83,7 @@ def _count_own(model: torch.nn.Sequential) -> int:
     return sum(1 for _ in _own_children(model))
 
 
-def subclass(original: type) -> type:
+def subclass(original: type[torch.nn.Module]) -> type[torch.nn.Module]:
     """Return the converted twin of a model class: same name and module, another forward."""
     with _LOCK:
         found = _SUBCLASSES.get(original)
@@ -92,14 +92,14 @@ def subclass(original: type) -> type:
         return found
 
 
-def _twin(original: type) -> type:
-    signature = inspect.signature(original.forward)  # type: ignore[attr-defined]
+def _twin(original: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    signature = inspect.signature(original.forward)
     own = signature.replace(parameters=list(signature.parameters.values())[1:])
 
     # Python functions called from this frame must be the compiler's business or in _OUTSIDE: it would try to compile any other.
-    @functools.wraps(original.forward)  # type: ignore[attr-defined]
+    @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        call = (self, own, args, kwargs, functools.partial(original.forward, self))  # type: ignore[attr-defined]
+        call = (self, own, args, kwargs, functools.partial(original.forward, self))
         if self.diffcr.fixed is None:
             return (_hidden if torch.compiler.is_dynamo_compiling() else _OUTSIDE[_answer])(*call)
         prepared = _OUTSIDE[_prepare](*call)
@@ -118,8 +118,7 @@ def _twin(original: type) -> type:
     forward.__signature__ = signature  # type: ignore[attr-defined]
 
     def reduce(self: Any, protocol: Any) -> Any:
-        standard: Any = super(converted, self).__reduce_ex__  # type: ignore[arg-type]
-        make, args, *rest = standard(protocol)
+        make, args, *rest = super(converted, self).__reduce_ex__(protocol)
         given = (original, make, tuple(original if arg is converted else arg for arg in args), self.diffcr.fixed is not None)
         return (_rebuild, given, *rest)
 
@@ -131,10 +130,10 @@ def _twin(original: type) -> type:
     extra: dict[str, Any] = sequential if issubclass(original, torch.nn.Sequential) else {}
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
     own_names = {"forward": forward, "__reduce_ex__": reduce, "_diffcr_original": original}
-    converted = type(original.__name__, (original,), {**names, **extra, **own_names})
+    converted: type[torch.nn.Module] = type(original.__name__, (original,), {**names, **extra, **own_names})
     return converted
 
 
-def original_class(model: torch.nn.Module) -> type:
+def original_class(model: torch.nn.Module) -> type[torch.nn.Module]:
     """Return the class a converted model had before (its own if it is not converted)."""
     return getattr(type(model), "_diffcr_original", type(model))

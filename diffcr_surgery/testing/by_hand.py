@@ -54,8 +54,9 @@ class Run:
         scores: Row of each router -> its scores, ``b n``.
         bypassed: Row of each site -> which tokens bypassed it, on the way that keeps most, ``b n``.
         continues: Row of each site whose stream is just what another site left -> that other's row.
-        margin: How near two tokens came, one kept and one not: the smallest difference of their scores, unless they were equal.
         readers: Row of each site -> a module that reads the very stream it left, and where among its ``(args, kwargs)``.
+        left: Row of each site -> the stream it left, in the block's layout.
+        margin: How near two tokens came, one kept and one not: the smallest difference of their scores, unless they were equal.
     """
 
     output: Any = None
@@ -203,8 +204,8 @@ class _Site:
         self.x = self._plain(self.named[self.stream][1])
         twin = self._plain(named_leaves(module, other[0], other[1], Tensor)[self.stream][1])
         self.moves = (self.x != twin).any(-1)
-        alignment, self.outside = self.site.hint if self.site.hint is not None else (None, False)
-        self.output = "" if alignment is None else alignment.output
+        alignment, self.outside = self.site.hint
+        self.output = alignment.output
 
     def _plain(self, x: Tensor) -> Tensor:
         """Bring a stream into ``b n c``."""
@@ -303,7 +304,7 @@ class _Site:
         in_front = not stream and output.ndim > 0 and output.shape[0] == samples
         return 0 if in_front else self.batch_axis or 0
 
-    def _arguments(self, kept: Tensor) -> tuple[Any, Any]:
+    def _arguments(self, kept: Tensor) -> Any:
         """Return the block's arguments with everything that moves gathered at the kept tokens."""
         tokens, staying = self.x.shape[1], int((~self.moves).sum(1).max())
         new: dict[str, Any] = {raw: leaf.clone() for raw, leaf in self.named.values()}
@@ -313,7 +314,7 @@ class _Site:
                 new[raw] = gather(leaf, words.split(), kept, tokens)
             elif name in self.numbers:
                 new[self.numbers[name][0]] = {"#n": len(kept) - staying, "#m+n": len(kept), "off": False}[words]
-        return map_leaves(self.given, lambda path, leaf: new.get(path, leaf))  # type: ignore[no-any-return]
+        return map_leaves(self.given, lambda path, leaf: new.get(path, leaf))
 
 
 def gather(x: Tensor, words: list[str], kept: Tensor, tokens: int) -> Tensor:

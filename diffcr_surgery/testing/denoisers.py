@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -124,7 +124,7 @@ class Block(nn.Module):
         if skip is not None:
             x = self.merge(torch.cat([x, skip], -1))
         form, stream = self.form, x
-        x = {"b n c": lambda: x, "n b c": lambda: x.transpose(0, 1), "n c": lambda: x[None]}[form.layout]()
+        x = _plain(x, form.layout)
         h, gate = self.norm1(x), 1.0
         if c is not None:
             shift, scale, gate = self.modulation(c if c.ndim == 3 else c[:, None]).chunk(3, -1)
@@ -137,7 +137,7 @@ class Block(nn.Module):
         if form.block == "cross" and text is not None:
             y = y + functional.scaled_dot_product_attention(self.cross_q(x + y), *self.cross_kv(text).chunk(2, -1))
         update = gate * (y + self.mlp(h if form.block == "parallel" else self.norm2(x + gate * y)))
-        update = {"b n c": lambda: update, "n b c": lambda: update.transpose(0, 1), "n c": lambda: update[0]}[form.layout]()
+        update = _laid_out(update, form.layout)
         result = update if form.residual == "outside" else stream + update
         return result if words is None else (words, result)
 
@@ -158,6 +158,20 @@ class Block(nn.Module):
         words, y = split[::-1] if self.form.text_last else split
         text = text + self.text_out(words)
         return y, text + self.text_mlp(text)
+
+
+def _plain(x: Tensor, layout: str) -> Tensor:
+    """Bring a stream into ``b n c``."""
+    if layout == "n b c":
+        return x.transpose(0, 1)
+    return x[None] if layout == "n c" else x
+
+
+def _laid_out(x: Tensor, layout: str) -> Tensor:
+    """Bring a stream ``b n c`` into its layout."""
+    if layout == "n b c":
+        return x.transpose(0, 1)
+    return x[0] if layout == "n c" else x
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -209,8 +223,8 @@ class Denoiser(nn.Module):
     def __repr__(self) -> str:
         return f"Denoiser({self.form}{f', seed={self.seed}' if self.seed else ''})"
 
-    def _repr_pretty_(self, printer: object, cycle: bool) -> None:  # hypothesis prints failing examples by this
-        printer.text(repr(self))  # type: ignore[attr-defined]
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # hypothesis prints failing examples by this
+        printer.text(repr(self))
 
     def forward(self, latent: Tensor, timestep: Tensor | None = None, text: Tensor | None = None) -> Tensor:
         """Predict the noise.
@@ -235,7 +249,7 @@ class Denoiser(nn.Module):
         own = x.shape[1]
         length = own + (words.shape[1] if words is not None and form.block == "joint" else 0)
         c, rotary, bias = self._modulation(timestep, own), self._rotary(image, length), self._bias(x, words)
-        x = {"b n c": lambda: x, "n b c": lambda: x.transpose(0, 1), "n c": lambda: x[0]}[form.layout]()
+        x = _laid_out(x, form.layout)
         kept: list[Tensor] = []
         for block in self.blocks:
             skip = None
@@ -248,7 +262,7 @@ class Denoiser(nn.Module):
             if form.block == "joint" and words is not None:
                 words, y = y
             x = x + y if form.residual == "outside" else y
-        x = {"b n c": lambda: x, "n b c": lambda: x.transpose(0, 1), "n c": lambda: x[None]}[form.layout]()
+        x = _plain(x, form.layout)
         noise: Tensor = self.head(self.norm(x[:, start : start + image.shape[1]]))
         return noise if latent.ndim == 3 else noise[0]
 

@@ -210,7 +210,7 @@ def check_gradients(model: nn.Module, inputs: Any, config: DiffCRConfig | None =
         if heard and pair.state.routers[str(site.router)].weight.requires_grad and (router is None or not bool(router.any())):
             raise LawError(f"{law}: no gradient reaches the router of {site.path}, whose ratio in region {heard[0]} is not 0.")
     if table.requires_grad and state.config.ratio_loss_weight:
-        _check_budget(law, state, pair.converted, table)
+        _check_budget(law, pair)
 
 
 def _check_slope(law: str, pair: Pair, region: int) -> None:
@@ -243,8 +243,9 @@ def _check_slope(law: str, pair: Pair, region: int) -> None:
         table.copy_(before)
 
 
-def _check_budget(law: str, state: DiffCRState, converted: nn.Module, table: Tensor) -> None:
+def _check_budget(law: str, pair: Pair) -> None:
     """Let plain gradient descent follow the budget loss alone until it is there; where ratios have reached a bound, that takes longer."""
+    state, table = pair.state, ratio_table(pair.converted)
     tokens = state.config.cost == "tokens"  # by plain arithmetic; what other costs save is measured
     target = state.config.target_ratio if tokens and state.config.target_share is None else state.target_saving
     rate = 0.1 / max(float(torch.autograd.grad(state.saving(), table)[0].square().sum()) * state.config.ratio_loss_weight, 1e-12)
@@ -252,11 +253,11 @@ def _check_budget(law: str, state: DiffCRState, converted: nn.Module, table: Ten
         saving = _mean_ratio(state, state.ratios()) if tokens else float(state.saving().detach())
         if abs(saving - target) < 0.01:
             return
-        (gradient,) = torch.autograd.grad(ratio_loss(converted), table)
+        (gradient,) = torch.autograd.grad(ratio_loss(pair.converted), table)
         if not bool(gradient.isfinite().all()):
             raise LawError(f"{law}: the gradient of the budget loss is not finite.")
         with torch.no_grad():
-            table -= rate * gradient
+            table.sub_(rate * gradient)
     raise LawError(f"{law}: following the budget loss leads to a saving of {saving:.3f}; its target is {target:.3f}.")
 
 
@@ -326,9 +327,8 @@ def check_specialization(
     require_planned_size(law, pair)
     pair.converted.eval()
     _check_rounding(law, pair)
-    executed, wanted = pair.state.executed_ratios(), pair.executed()
     fixed = specialize_(copy.deepcopy(pair.converted))
-    same(law, "the ratios", ratio_table(fixed).detach(), executed.to(ratio_table(fixed)))
+    same(law, "the ratios", ratio_table(fixed).detach(), pair.state.executed_ratios().to(ratio_table(fixed)))
     calls = [pair.arguments, *pair.of_one_region(pair.arguments)]
     expected: list[Any] = []
     for one, name in ((pair.converted, "converted"), (fixed, "specialised")):
@@ -339,8 +339,9 @@ def check_specialization(
                         call(one, arguments)
                     with lengths_of(one, pair.plan) as lengths:
                         output = call(one, arguments)
-                    _check_lengths(law, pair, arguments, wanted, lengths)
-                    expected += [output] if number == len(expected) else []
+                    _check_lengths(law, pair, arguments, lengths)
+                    if number == len(expected):
+                        expected.append(output)
                     same(law, f"the {name} output", output, expected[number], tolerance=rounding(output))
     kept: Tensor | None = None
     measured = pair.state.budget
@@ -391,8 +392,8 @@ def _at_budget(pair: Pair, budget: float) -> tuple[Tensor, float] | None:
     return ratio_table(dialled).detach(), achieved.share
 
 
-def _check_lengths(law: str, pair: Pair, arguments: dict[str, Any], executed: list[list[float]], lengths: Mapping[int, set[int]]) -> None:
-    paths = [site.path for site in pair.plan.routed_sites]
+def _check_lengths(law: str, pair: Pair, arguments: dict[str, Any], lengths: Mapping[int, set[int]]) -> None:
+    paths, executed = [site.path for site in pair.plan.routed_sites], pair.executed()
     for row, site in enumerate(pair.plan.routed_sites):
         if paths.count(site.path) > 1:
             continue  # its calls are not told apart

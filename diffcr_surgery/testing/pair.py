@@ -146,7 +146,7 @@ def _train_by_hand(converted: nn.Module, seed: int) -> None:
     source, state = torch.Generator().manual_seed(seed + 1), state_of(converted)
     with torch.no_grad():
         for router in state.routers.values():
-            weight: Any = router.weight
+            weight = router.get_parameter("weight")
             weight.copy_(torch.randn(weight.shape, generator=source) * 2 / weight.numel() ** 0.5)
         if state.config.learn_ratios:
             table, most = ratio_table(converted), state.config.max_ratio

@@ -185,15 +185,16 @@ class _Trial:
             paths, moved = self._run(declared, orders)
             _, kept = self._run(declared, [torch.arange(self.ahead + (self.tokens - self.ahead + 1) // 2)] * self.samples)
         except Exception as error:  # a wrong declaration may break the block in any way
-            return f"the block raises {type(error).__name__} on permuted or on fewer tokens: {str(error).splitlines()[0][:200]}. "
+            said = str(error).partition("\n")[0][:200]
+            return f"the block raises {type(error).__name__} on permuted or on fewer tokens: {said}. "
         baseline = self.plain[1]
-        complaints = [self._compare(paths, moved, baseline, orders, i) for i, t in enumerate(baseline) if self._like_stream(t)]
+        streams = [i for i, t in enumerate(baseline) if self._like_stream(t)]
+        complaints = [self._compare(paths, moved, baseline, orders, i) for i in streams]
         if not complaints:
             return f"none of its outputs has the form of {self.stream!r}. "
         if all(complaints):
             return complaints[0]
-        at = complaints.index(None)
-        stream_at = [i for i, t in enumerate(baseline) if self._like_stream(t)][at]
+        stream_at = streams[complaints.index(None)]
         if kept[stream_at].shape[-2] >= baseline[stream_at].shape[-2]:
             return f"given half of the tokens, it still returns {kept[stream_at].shape[-2]}. "
         return None

@@ -212,11 +212,7 @@ def block_patterns() -> st.SearchStrategy[BlockPattern]:
     names = st.from_regex(r"[a-z]{1,8}", fullmatch=True)
     streams = st.sampled_from(["b n c", "n b c", "n c"])
     word = st.sampled_from(TOKEN_WORDS)
-    others = (
-        st.sampled_from(["-", "b 1 1 n", "b 1 n n", "n n"])
-        | st.builds("{} {} d".format, st.just("b"), word)
-        | st.builds("{} d".format, word)
-    )
+    others = st.sampled_from(["-", "b 1 1 n", "b 1 n n", "n n"]) | word.map("b {} d".format) | word.map("{} d".format)
 
     def build(name: str, cls: str, stream: str, inputs: dict[str, str]) -> BlockPattern:
         return BlockPattern(name, f"{name}.models:{cls.title()}", {"stream": stream} | inputs, (stream,))

@@ -132,7 +132,7 @@ def compare_by_hand(law: str, pair: Pair, hand: ByHand, arguments: dict[str, Any
     with torch.no_grad():
         with _watched(pair, hand.readers) as seen:
             output = call(pair.converted, arguments)
-        weights: dict[int, Tensor] = {int(row): router.weight for row, router in pair.state.routers.items()}  # type: ignore[misc]
+        weights: dict[int, Tensor] = {int(row): router.get_parameter("weight") for row, router in pair.state.routers.items()}
         run = hand.run(arguments, ways, weights, seen.scores)
         if run.readers != hand.readers:
             hand.readers = run.readers

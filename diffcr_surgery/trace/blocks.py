@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from diffcr_surgery._tree import flatten, freeze, map_leaves
+from diffcr_surgery._tree import flatten, freeze, leaves_of, map_leaves
 from diffcr_surgery.patterns import pattern_of
 from diffcr_surgery.trace.recorder import Frame, FunctionEvent, Meta, Recorder, Ref, function_name
 
-__all__ = ["block_candidates", "block_kind", "refs_of", "stream_pairs"]
+__all__ = ["block_candidates", "block_kind", "refs_of"]
 
 _ATTENTION = frozenset(
     "scaled_dot_product_attention multi_head_attention_forward flex_attention _native_multi_head_attention "
@@ -34,30 +34,22 @@ _ACTIVATIONS = frozenset("gelu silu silu_ glu mish hardswish quick_gelu".split()
 
 def refs_of(tree: Any) -> dict[str, int]:
     """Return dotted path -> number of every logged tensor in ``tree``."""
-    found: dict[str, int] = {}
-
-    def visit(path: str, leaf: Any) -> None:
-        if isinstance(leaf, Ref):
-            found[path] = leaf.value
-
-    map_leaves(tree, visit)
-    return found
+    return {path: ref.value for path, ref in leaves_of(tree, Ref)}
 
 
 def _is_stream(meta: Meta) -> bool:
     return len(meta.shape) in (2, 3) and meta.dtype.is_floating_point
 
 
-def stream_pairs(recorder: Recorder, frame: Frame) -> list[tuple[str, str]]:
-    """Return the (argument path, output path) pairs of equal stream shape; ``""`` is a lone output.
+def _streams(recorder: Recorder, frame: Frame) -> list[int]:
+    """Return the number of each argument that is a token stream and of the shape of one that is returned.
 
     Under autocast a stream may leave in another precision than it came in.
     """
     metas = recorder.meta
-    inputs = {path: metas[value] for path, value in refs_of((frame.args, frame.kwargs)).items()}
-    outputs = {path: metas[value] for path, value in refs_of(frame.output).items()}
-    streams = {path: meta.shape for path, meta in outputs.items() if _is_stream(meta)}
-    return [(a, b) for a, given in inputs.items() for b, shape in streams.items() if _is_stream(given) and given.shape == shape]
+    shapes = {metas[value].shape for value in refs_of(frame.output).values() if _is_stream(metas[value])}
+    given = refs_of((frame.args, frame.kwargs)).values()
+    return [value for value in given if _is_stream(metas[value]) and metas[value].shape in shapes]
 
 
 def _mixes(recorder: Recorder, event: FunctionEvent) -> bool:
@@ -78,15 +70,16 @@ def _activated(recorder: Recorder, event: FunctionEvent, stream: int) -> int:
     return size if name not in _WIDENING or size > stream else 0
 
 
-def _qualifies(recorder: Recorder, frame: Frame) -> bool:
-    pairs = stream_pairs(recorder, frame)
-    if not pairs:
-        return False
-    arguments = refs_of((frame.args, frame.kwargs))
-    stream = min(torch.Size(recorder.meta[arguments[path]].shape).numel() for path, _ in pairs)
+def _work(recorder: Recorder, frame: Frame, size: int) -> tuple[bool, bool]:
+    """Return whether a call mixes tokens, and whether it passes a stream of ``size`` entries through the nonlinearity of an MLP."""
     functions = [event for event in frame.walk() if isinstance(event, FunctionEvent)]
     # Summed, since each of the experts of a mixture sees but a part of the tokens.
-    return any(_mixes(recorder, e) for e in functions) and sum(_activated(recorder, e, stream) for e in functions) >= stream
+    return any(_mixes(recorder, each) for each in functions), sum(_activated(recorder, each, size) for each in functions) >= size
+
+
+def _qualifies(recorder: Recorder, frame: Frame) -> bool:
+    sizes = [torch.Size(recorder.meta[value].shape).numel() for value in _streams(recorder, frame)]
+    return bool(sizes) and all(_work(recorder, frame, min(sizes)))
 
 
 def block_candidates(recorder: Recorder, root: Frame) -> dict[int, bool]:
@@ -115,7 +108,7 @@ def block_candidates(recorder: Recorder, root: Frame) -> dict[int, bool]:
 
     found = visit(root)
     if not found:
-        shapes = dict.fromkeys(_main_stream(recorder, f) for f in root.walk() if isinstance(f, Frame) and stream_pairs(recorder, f))
+        shapes = dict.fromkeys(_main_stream(recorder, f) for f in root.walk() if isinstance(f, Frame) and _streams(recorder, f))
         for halves in (_halves(recorder, root, shape) for shape in shapes if len(shape) == 3):
             if len({mixes for _, mixes in halves}) == 2:
                 found += take(halves)
@@ -123,8 +116,7 @@ def block_candidates(recorder: Recorder, root: Frame) -> dict[int, bool]:
 
 
 def _main_stream(recorder: Recorder, frame: Frame) -> tuple[int, ...]:
-    path, _ = stream_pairs(recorder, frame)[0]
-    return recorder.meta[refs_of((frame.args, frame.kwargs))[path]].shape
+    return recorder.meta[_streams(recorder, frame)[0]].shape
 
 
 def _halves(recorder: Recorder, frame: Frame, shape: tuple[int, ...]) -> list[tuple[Frame, bool]]:
@@ -134,12 +126,10 @@ def _halves(recorder: Recorder, frame: Frame, shape: tuple[int, ...]) -> list[tu
         if not isinstance(event, Frame):
             continue
         inner = _halves(recorder, event, shape)
-        alike = any(recorder.meta[refs_of((event.args, event.kwargs))[path]].shape == shape for path, _ in stream_pairs(recorder, event))
+        alike = any(recorder.meta[value].shape == shape for value in _streams(recorder, event))
         if not inner and alike and any(p.ndim > 1 for p in event.module.parameters()):
-            functions = [each for each in event.walk() if isinstance(each, FunctionEvent)]
-            size = torch.Size(shape).numel()
-            mixes = any(_mixes(recorder, each) for each in functions)
-            inner = [(event, mixes)] if mixes or sum(_activated(recorder, each, size) for each in functions) >= size else []
+            mixes, activates = _work(recorder, event, torch.Size(shape).numel())
+            inner = [(event, mixes)] if mixes or activates else []
         found += inner
     return found
 
@@ -154,12 +144,11 @@ def _repeats(halves: list[tuple[Frame, bool]]) -> bool:
 
 def _adds_to_its_stream(recorder: Recorder, frame: Frame) -> bool:
     """Tell whether a call adds something to a stream it was given, outside every inner call."""
-    arguments = refs_of((frame.args, frame.kwargs))
-    streams = {_origin(recorder, arguments[path]) for path, _ in stream_pairs(recorder, frame)}
+    streams = set(map(recorder.origin, _streams(recorder, frame)))
     for event in frame.events:
         if not isinstance(event, FunctionEvent):
             continue
-        operands = {_origin(recorder, value) for value in refs_of((event.args, event.kwargs)).values()}
+        operands = set(map(recorder.origin, refs_of((event.args, event.kwargs)).values()))
         if operands & streams:
             name = function_name(event.function).strip("_")
             if name in ("add", "iadd", "radd", "addcmul"):
@@ -167,12 +156,6 @@ def _adds_to_its_stream(recorder: Recorder, frame: Frame) -> bool:
             if name in ("to", "float", "type", "type_as", "clone", "contiguous"):
                 streams |= set(refs_of(event.output).values())
     return False
-
-
-def _origin(recorder: Recorder, value: int) -> int:
-    while value in recorder.alias:
-        value = recorder.alias[value]
-    return value
 
 
 _HOOKS = {"_hf_hook", "_old_forward", "_diffusers_hook", "forward"}  # of accelerate and diffusers, which may hold all weights

@@ -13,28 +13,14 @@ import torch
 from torch import fx
 
 from diffcr_surgery._shards import is_sharded
-from diffcr_surgery._tree import is_dataclass_value, map_leaves
+from diffcr_surgery._tree import is_dataclass_value, leaves_of
 from diffcr_surgery.errors import TraceError
 from diffcr_surgery.trace.blocks import refs_of
 from diffcr_surgery.trace.recorder import Effect, Frame, FunctionEvent, Recorder, Ref, function_name, has_hooks
 
 __all__ = ["BuiltGraph", "StaleRecordingError", "build", "build_flow", "expect"]
 
-_INLINE = (
-    int,
-    float,
-    bool,
-    str,
-    complex,
-    type(None),
-    type(Ellipsis),
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-)
-
-
+_INLINE = (int, float, bool, str, complex, type(None), type(Ellipsis), torch.dtype, torch.device, torch.layout, torch.memory_format)
 _SIZED_BY_CONTENT = ("nonzero", "argwhere", "unique", "masked_select", "bincount")
 
 
@@ -51,7 +37,7 @@ def expect(value: Any, recorded: Any) -> None:
 def _same(value: Any, recorded: Any) -> bool:
     """Tell whether two values, or lists or arrays of them, are equal; NaN, which is unlike itself, is as good as another."""
     same = value == recorded
-    if same if isinstance(same, bool) else bool(getattr(same, "all", lambda: same)()):
+    if bool(same.all() if hasattr(same, "all") else same):
         return True
     if type(value).__module__ == "numpy":
         value, recorded = value.tolist(), recorded.tolist()
@@ -150,7 +136,7 @@ class _Builder:
             return {key: self.operand(value) for key, value in tree.items()}
         if isinstance(tree, slice):
             return slice(self.operand(tree.start), self.operand(tree.stop), self.operand(tree.step))
-        if type(tree) in _INLINE or isinstance(tree, (torch.dtype, torch.device, torch.layout, torch.memory_format)):
+        if type(tree) in _INLINE:
             return tree
         return self._constant(tree, "object")
 
@@ -164,15 +150,15 @@ class _Builder:
                 node.meta["content"] = self.recorder.indices[output.value]
         elif is_dataclass_value(output):
             for name, value in vars(output).items():
-                if _holds_ref(value):
+                if refs_of(value):
                     self.assign(self.graph.call_function(getattr, (node, name)), value)
         elif isinstance(output, (tuple, list)):
             for index, value in enumerate(output):
-                if _holds_ref(value):
+                if refs_of(value):
                     self.assign(self.graph.call_function(operator.getitem, (node, index)), value)
         elif isinstance(output, dict):
             for key, value in output.items():
-                if _holds_ref(value):
+                if refs_of(value):
                     self.assign(self.graph.call_function(operator.getitem, (node, key)), value)
 
     # --- events --------------------------------------------------------------------------------------------------
@@ -294,12 +280,6 @@ class _Builder:
         return self.graph.call_function(function, args, kwargs)
 
 
-def _holds_ref(tree: Any) -> bool:
-    found: list[bool] = []
-    map_leaves(tree, lambda _, leaf: found.append(isinstance(leaf, Ref)))
-    return any(found)
-
-
 def _leaves(root: Frame, blocks: Collection[int]) -> set[int]:
     """Modules called as one node: the blocks, and whatever holds none of them."""
     holders = {id(outer) for outer in root.module.modules() if any(id(m) in blocks for m in outer.modules())}
@@ -348,45 +328,24 @@ def _maker(frame: Frame, value: int, leaves: Collection[int]) -> Frame | None:
     for event in frame.walk():
         if isinstance(event, Frame) and id(event.module) in leaves:
             for inner in event.walk():
-                if _mentions(inner.output, value):
+                if value in refs_of(inner.output).values():
                     return event
     return None
 
 
-def _mentions(tree: Any, value: int) -> bool:
-    found: list[bool] = []
-    map_leaves(tree, lambda _, leaf: found.append(isinstance(leaf, Ref) and leaf.value == value))
-    return any(found)
-
-
 def _fold(builder: _Builder, inputs: list[tuple[str, torch.Tensor]], output: Any) -> BuiltGraph:
-    seen: set[int] = set()
     for name, tensor in inputs:
         node = builder.last_placeholder = builder.graph.placeholder(re.sub(r"\W", "_", name))
         node.meta["shape"], node.meta["dtype"] = tuple(tensor.shape), tensor.dtype
         node.meta["path"] = name
         if builder.flow and not (tensor.is_floating_point() or tensor.is_complex()):
             node.meta["content"] = tensor
-        value = builder.recorder.number(tensor) if id(tensor) not in seen else None
-        seen.add(id(tensor))
-        if value is not None:
-            builder.nodes[_first(builder.recorder, value)] = node
+        builder.nodes.setdefault(builder.recorder.origin(builder.recorder.number(tensor)), node)  # the first, of one tensor given twice
     builder.emit(builder.root)
-    results: list[fx.Node] = []
-    map_leaves(
-        builder.root.output,
-        lambda _, leaf: results.append(builder.node_of(leaf.value)) if isinstance(leaf, Ref) else None,
-    )
-    builder.graph.output(tuple(results))
+    builder.graph.output(tuple(builder.node_of(ref.value) for _, ref in leaves_of(builder.root.output, Ref)))
     _drop_unused_items(builder.graph)
     builder.graph.lint()
     return BuiltGraph(builder.graph, builder.constants, output, builder.frames)
-
-
-def _first(recorder: Recorder, value: int) -> int:
-    while value in recorder.alias:
-        value = recorder.alias[value]
-    return value
 
 
 def _drop_unused_items(graph: fx.Graph) -> None:

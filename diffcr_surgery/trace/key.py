@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from diffcr_surgery._tree import Leaf, bind, flatten, freeze, map_leaves, plain
+from diffcr_surgery._tree import Leaf, by_name, flatten, freeze, map_leaves, plain
 from diffcr_surgery.errors import TraceError
 from diffcr_surgery.trace.recorder import autocast_state, has_hooks
 
@@ -68,16 +68,14 @@ def bind_call(forward: Callable[..., Any] | inspect.Signature, args: tuple[Any, 
     """
     signature = forward if isinstance(forward, inspect.Signature) else inspect.signature(forward)
     try:
-        bound = bind(signature, args, kwargs)
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()  # so that equal calls look equal
     except TypeError as error:
         raise TraceError(
             f"The inputs do not fit the model's forward: {error}. Expected {signature}; got {len(args)} positional arguments and the "
             f"keywords {sorted(kwargs)}. Give a dict of keyword arguments or a tuple of positional ones, such as capture_inputs collects."
         ) from None
-    arguments = dict(bound.arguments)
-    variadic = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
-    if variadic is not None:
-        arguments |= arguments.pop(variadic)
+    arguments = by_name(bound)
     paths, tensors, template = flatten(arguments)
     return Call(arguments, bound.args, bound.kwargs, paths, tensors, template)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["generator", "normal", "perturb_floats", "perturb_inputs", "shake", "tame"]
+__all__ = ["generator", "normal", "perturb_floats", "perturb_inputs", "tame"]
 
 HUGE = 1e4  # larger entries overflow somewhere in a model, in half precision at the latest
 
@@ -35,14 +35,6 @@ def perturb_integers(tensor: torch.Tensor, source: torch.Generator) -> torch.Ten
     """Lower positive entries by 0 or 1: ids and labels stay inside the range seen."""
     lower = (_uniform(tensor.shape, source, tensor.device) < 0.5) & (tensor > 0)
     return tensor - lower.to(tensor.dtype)
-
-
-def shake(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor that differs from ``tensor`` in every floating-point entry, zeros included."""
-    if not tensor.is_floating_point():
-        return perturb_integers(tensor, generator(0)) if tensor.dtype not in (torch.bool, torch.uint8) else ~tensor
-    noise = normal(tensor.shape, generator(0)).to(tensor.device, tensor.dtype)
-    return tensor.detach() + noise.where(noise != 0, torch.ones_like(noise))
 
 
 def tame(tensor: torch.Tensor) -> torch.Tensor:

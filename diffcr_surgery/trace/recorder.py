@@ -13,7 +13,8 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from enum import Enum
 from functools import lru_cache
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch.utils.hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
-from diffcr_surgery._tree import Leaf, map_leaves
+from diffcr_surgery._tree import Leaf, flatten, leaves_of, map_tensors
 
 __all__ = [
     "Effect",
@@ -36,6 +37,7 @@ __all__ = [
     "function_name",
     "has_hooks",
     "rng_state",
+    "writes",
 ]
 
 
@@ -59,7 +61,7 @@ class Meta:
     dtype: torch.dtype
 
 
-class Effect:
+class Effect(Enum):
     """Why a function call is kept: it makes tensors, writes into one, or lets Python see a tensor's content."""
 
     MAKES = "makes"
@@ -75,7 +77,7 @@ class FunctionEvent:
     args: Any
     kwargs: dict[str, Any]
     output: Any
-    effect: str
+    effect: Effect
     grad: bool
     autocast: tuple[Any, ...]
     inside: type | None = None  # the custom autograd function whose forward made the call
@@ -119,11 +121,11 @@ _METADATA = frozenset(
 )
 
 
-def function_name(function: Callable[..., Any]) -> str:
+def function_name(function: Any) -> str:
     """Return the short name of a torch function, method, or property getter."""
     name = getattr(function, "__name__", type(function).__name__)
     if name in ("__get__", "__set__", "__delete__"):
-        return str(getattr(function.__self__, "__name__", name))  # type: ignore[attr-defined]
+        return str(getattr(function.__self__, "__name__", name))
     return str(name)
 
 
@@ -182,19 +184,23 @@ class Recorder(TorchFunctionMode):
         self._numbers[id(tensor)] = (weakref.ref(tensor), value)
         return value
 
+    def origin(self, value: int) -> int:
+        """Return the first number that the tensor had which has this one."""
+        while value in self.alias:
+            value = self.alias[value]
+        return value
+
     def _refer(self, tree: Any) -> Any:
-        return map_leaves(tree, lambda _, leaf: Ref(self.number(leaf)) if isinstance(leaf, torch.Tensor) else leaf)
+        return map_tensors(tree, lambda tensor: Ref(self.number(tensor)))
 
     def _mint(self, tree: Any) -> Any:
-        return map_leaves(tree, lambda _, leaf: Ref(self._renumber(leaf)) if isinstance(leaf, torch.Tensor) else leaf)
+        return map_tensors(tree, lambda tensor: Ref(self._renumber(tensor)))
 
     def _is_dynamic(self, tree: Any) -> bool:
-        found: list[bool] = []
-        map_leaves(tree, lambda _, leaf: found.append(isinstance(leaf, Ref) and leaf.value in self.dynamic))
-        return any(found)
+        return any(ref.value in self.dynamic for _, ref in leaves_of(tree, Ref))
 
     def _mark(self, tree: Any) -> None:
-        map_leaves(tree, lambda _, leaf: self.dynamic.add(leaf.value) if isinstance(leaf, Ref) else None)
+        self.dynamic.update(ref.value for _, ref in leaves_of(tree, Ref))
 
     def _mark_shared(self, written: list[torch.Tensor]) -> None:
         """Mark what was written into, and every view of it and tensor it is a view of."""
@@ -219,15 +225,11 @@ class Recorder(TorchFunctionMode):
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:
-        handles = []
-        try:
+        with ExitStack() as handles:
             for module in self._modules:
-                handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
-                handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
+                handles.enter_context(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
+                handles.enter_context(module.register_forward_hook(self._leave, with_kwargs=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     # Torch calls a hook without its last argument in a thread that comes by while the hook is being put on or taken off.
     def _enter(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
@@ -273,7 +275,7 @@ class Recorder(TorchFunctionMode):
         if dynamic or _draws(func):
             self._mark(logged)
         if effect == Effect.WRITES:
-            self._mark_shared(_tensors((args[:1], kwargs.get("input")) if kwargs.get("out") is None else kwargs["out"]))
+            self._mark_shared(flatten((args[:1], kwargs.get("input")) if kwargs.get("out") is None else kwargs["out"])[1])
         if effect == Effect.READS and not dynamic:
             return output  # what stems from constants alone reads the same in every call
         state = autocast_state(self.device.type)
@@ -317,12 +319,6 @@ def has_hooks(module: torch.nn.Module) -> bool:
     return any(not isinstance(getattr(hook, "__self__", None), Recorder) for hooks in kinds for hook in list(hooks.values()))
 
 
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    map_leaves(tree, lambda _, leaf: found.append(leaf) if isinstance(leaf, torch.Tensor) else None)
-    return found
-
-
 def _storage(tensor: torch.Tensor) -> int | None:
     """Return the address of what holds a tensor's entries: one for all its views, none for a sparse one."""
     try:
@@ -331,22 +327,24 @@ def _storage(tensor: torch.Tensor) -> int | None:
         return None
 
 
-def _effect(function: Any, args: Any, kwargs: dict[str, Any], output: Any) -> str | None:
+def _effect(function: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Effect | None:
     name = function_name(function)
     if name in _METADATA:
         return None
-    if _writes(function, name, kwargs):
+    if writes(function, kwargs):
         return Effect.WRITES
-    made = _tensors(output)
+    made, taken = flatten(output)[1], flatten((args, kwargs))[1]
     if not made:
-        return Effect.READS if _tensors((args, kwargs)) else None
-    given = {id(tensor) for tensor in _tensors((args, kwargs))}
+        return Effect.READS if taken else None
+    given = {id(tensor) for tensor in taken}
     # A call that hands its input back (`x.to(x.dtype)`) does nothing under the same key; but strides are not in it.
     same = len(made) == 1 and id(made[0]) in given and name != "contiguous" and "memory_format" not in kwargs
     return None if same else Effect.MAKES
 
 
-def _writes(function: Any, name: str, kwargs: dict[str, Any]) -> bool:
+def writes(function: Any, kwargs: dict[str, Any]) -> bool:
+    """Tell whether a call of a torch function writes into a tensor it is given."""
+    name = function_name(function)
     if getattr(function, "__name__", "") == "__set__" or kwargs.get("out") is not None or kwargs.get("inplace") is True:
         return True
     if name.startswith("__"):

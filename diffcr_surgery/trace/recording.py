@@ -189,7 +189,9 @@ class Recordings:
         return result
 
     def _try(self, key: Hashable, model: torch.nn.Module, call: Call, use: Callable[[Recording], T]) -> tuple[T] | None:
-        for recording in self._valid(key, call):
+        for recording in list(self._entries.get(key, ())):
+            if not recording.fits(call):
+                continue
             if not recording.guarded:
                 return (use(recording),)
             device = model_device(model, call.tensors)
@@ -202,9 +204,6 @@ class Recordings:
             self._move(recording, first=True)
             return (result,)
         return None
-
-    def _valid(self, key: Hashable, call: Call) -> list[Recording]:
-        return [recording for recording in list(self._entries.get(key, ())) if recording.fits(call)]
 
     def postpone(self, recording: Recording) -> None:
         """Let a variant that a guard has stopped be tried last next time."""
@@ -263,7 +262,7 @@ def record(model: torch.nn.Module, call: Call, forward: Callable[..., Any]) -> R
         }
         leaves = {id(frame.module): frame.module for frame in built.frames.values()}
         covered = {id(inner) for leaf in leaves.values() for inner in leaf.modules()}
-        inlined = [module for module in own_modules(model).values() if id(module) not in covered]
+        inlined = [module for module in own_modules(model) if id(module) not in covered]
         state, training = ModelState(inlined, leaves.values()), [module.training for module in inlined]
         flow = _flow(recorder, root, inputs, blocks, built)
         recording = Recording(built.graph, built.constants, built.output, calls, state, state.key(), flow=flow)
@@ -391,6 +390,6 @@ def _fast_path(model: torch.nn.Module) -> str:
 
 
 def _suspects(recording: Recording) -> str:
-    names = [str(n) for n in recording.graph.nodes if n.op == "placeholder" and n.name.startswith(("constant_", "object_"))]
-    readers = {name: [str(user) for node in recording.graph.nodes if node.name == name for user in node.users] for name in names}
+    constants = (node for node in recording.graph.nodes if node.op == "placeholder" and "path" not in node.meta)
+    readers = {str(node): list(map(str, node.users)) for node in constants}
     return f"It baked in the constants {readers} (name: readers). " if readers else ""

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import torch
 
-from diffcr_surgery._tree import flatten, map_leaves
+from diffcr_surgery._tree import flatten, map_tensors
 from diffcr_surgery.trace.key import Call, copies
 from diffcr_surgery.trace.perturb import perturb_inputs, tame
 from diffcr_surgery.trace.undisturbed import Rewind, foreign_random
 
-__all__ = ["OUT_OF_MEMORY", "BlockSample", "Place", "Reference", "perturbed_run", "reference_run", "run_call"]
+__all__ = ["OUT_OF_MEMORY", "BlockSample", "Place", "Reference", "perturbed_run", "reference_run"]
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)  # it tells of the machine and not of the model, so no trial may take it for an answer
 
@@ -84,12 +84,6 @@ def reference_run(call: Call, tensors: list[torch.Tensor], forward: Callable[...
     return Reference(tensors, output, given, foreign_random(), samples)
 
 
-def run_call(call: Call, tensors: list[torch.Tensor], forward: Callable[..., Any]) -> Any:
-    """Call ``forward`` as in ``call``, on copies of other input tensors."""
-    args, kwargs = call.on(copies(tensors))
-    return forward(*args, **kwargs)
-
-
 def _finite(output: Any) -> bool:
     """Tell whether a run made sense: a text mask perturbed to all zeros, say, makes attention divide by zero."""
     return all(bool(t.isfinite().all()) for t in flatten(output)[1] if t.is_floating_point())
@@ -108,14 +102,11 @@ def _sampling(samples: dict[Hashable, BlockSample], places: dict[Hashable, Place
 
         def hook(module: torch.nn.Module, args: Any, kwargs: Any = None) -> None:  # another thread may come by while it is being put on
             if threading.get_ident() == thread and (number := next(numbers)) in wanted:
-                copy = lambda _, leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf  # noqa: E731
-                samples[wanted[number]] = BlockSample(module, *map_leaves((args, kwargs), copy))
+                samples[wanted[number]] = BlockSample(module, *map_tensors((args, kwargs), lambda tensor: tensor.detach().clone()))
 
         return hook
 
-    handles = [module.register_forward_pre_hook(keep(wanted), prepend=True, with_kwargs=True) for module, wanted in kinds.items()]
-    try:
+    with ExitStack() as handles:
+        for module, wanted in kinds.items():
+            handles.enter_context(module.register_forward_pre_hook(keep(wanted), prepend=True, with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

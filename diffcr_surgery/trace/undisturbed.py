@@ -33,9 +33,9 @@ def set_rng_state(states: tuple[torch.Tensor, ...], device: torch.device) -> Non
         torch.cuda.set_rng_state(states[1], device)
 
 
-def own_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Return path -> module, without ``diffcr``, which the original forward never reads."""
-    return {path: module for path, module in model.named_modules() if path.split(".")[0] != "diffcr"}
+def own_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the modules of a model, without ``diffcr``, which the original forward never reads."""
+    return [module for path, module in model.named_modules() if path.split(".")[0] != "diffcr"]
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def undisturbed(model: torch.nn.Module, device: torch.device) -> Iterator[Rewind
     start, foreign = rng_state(device), _foreign_states()
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     # Whether a module trains is no doing of its forward; another thread may switch it meanwhile.
-    settled = ((module, name, key) for module in own_modules(model).values() for name, key in settings(module) if name != "training")
+    settled = ((module, name, key) for module in own_modules(model) for name, key in settings(module) if name != "training")
     attributes = [_Attribute(*each) for each in settled]
 
     def rewind(keep: Collection[int] = ()) -> None:

@@ -86,7 +86,7 @@ def planning_xl() -> str:
     extra = peak() - before - forward
     seconds = statistics.median(timed(lambda: dcs.plan(model, example)) for _ in range(3))
     dcs.convert_(model, plan)
-    original = type(model)._diffcr_original.forward
+    original = DiTTransformer2DModel.forward
     own, converted = in_turns(lambda: original(model, **example), lambda: model(**example))
     # The forward's own time varies by more than what a call adds to it, so that is timed where the forward is all but nothing.
     small = DiTTransformer2DModel(

@@ -22,7 +22,7 @@ def run_recipe(recipe: Path, *arguments: str, folder: Path, launch: tuple[str, .
     """Return what a recipe printed; it must have ended well."""
     command = [sys.executable, *launch, str(recipe), *arguments]
     for _ in range(2):  # gloo on a loaded machine has been seen to abort; what it leaves is looked at all the same
-        done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False)
         if "SIGABRT" not in done.stderr:
             break
     assert done.returncode == 0, done.stderr[-6000:]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import diffusers
+import pytest
 import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from torch import Tensor, nn
@@ -295,3 +296,5 @@ _CASES = (
     ),
 )  # fmt: skip
 CASES: dict[str, Case] = {case.name: case for case in _CASES}
+
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

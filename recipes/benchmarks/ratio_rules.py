@@ -3,7 +3,7 @@
     python recipes/benchmarks/ratio_rules.py --seeds 0 1 2 --jobs 2 --out rules
 
 Per seed one dense denoiser is trained, and every arm fine-tunes a copy of it for as long, on the same batches, timesteps and noise, each
-batch from one timestep region. The paper's way adds the budget term to the loss and lets AdamW, with the weights' learning rate, move the
+batch from one timestep region. The paper's way adds the budget term to the loss and lets Adam, with the weights' learning rate, move the
 table too. Writes `rows.json` and prints the table of `RESULTS.md`. Takes about a minute and a half an arm and seed on one CPU core.
 """
 

@@ -85,14 +85,25 @@ def twin(dense: nn.Module) -> nn.Module:
     return copy.deepcopy(dense, {id(tensor): tensor for tensor in itertools.chain(dense.parameters(), dense.buffers())})
 
 
+def _is_number(axes: str) -> bool:
+    """Tell whether what moves with the tokens is no tensor: their number, or a flag that they are causal."""
+    return axes == "off" or axes.startswith("#")
+
+
 def baseline(name: str, dense: nn.Module, plan: dcs.SurgeryPlan, ratio: float, seed: int) -> Arm:
     """Return an arm that takes no training.
 
     Raises:
-        ValueError: If the ratio is more than the baseline can do.
+        ValueError: If the ratio is more than the baseline can do, or a block is given what it knows nothing of.
     """
     if name == "dense":
         return Arm(name, dense, 0.0)
+    odd = next((site.path for site in plan.routed_sites if site.staying or any(map(_is_number, site.aligned.values()))), None)
+    if odd is not None:
+        raise ValueError(
+            f"--baseline {name}: {odd} is given tokens that never bypass, or a number that counts tokens; baselines know only streams "
+            f"that bypass whole. Leave {name} out."
+        )
     model = twin(dense)
     if name == "random":
         random_tokens.attach(model, plan, ratio, seed)

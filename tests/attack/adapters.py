@@ -23,7 +23,7 @@ import diffcr_surgery as dcs
 from diffcr_surgery.errors import AdapterError, SurgeryError
 from diffcr_surgery.save import SETTINGS, TENSORS, _fingerprint
 from tests.models import snapshot
-from tests.unit.test_optimizer import Denoiser, converted, inputs
+from tests.small import Denoiser, converted, inputs
 
 NAN, INFINITY = math.nan, math.inf
 DEEP = functools.reduce(lambda inner, _: [inner], range(800), [])

@@ -24,7 +24,7 @@ import resource, sys, warnings
 from pathlib import Path
 import torch
 import diffcr_surgery as dcs
-from tests.unit.test_optimizer import Denoiser, inputs
+from tests.small import Denoiser, inputs
 
 warnings.simplefilter("error")
 torch.set_num_threads(1)

@@ -25,7 +25,7 @@ from tests.attack.adapters import (
     same,
     saved,
 )
-from tests.unit.test_optimizer import Denoiser, inputs
+from tests.small import Denoiser, inputs
 
 
 def test_the_sound_adapter_loads(folder: Path) -> None:

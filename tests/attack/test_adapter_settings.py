@@ -31,7 +31,7 @@ from tests.attack.adapters import (
     saved,
 )
 from tests.models import snapshot
-from tests.unit.test_optimizer import Denoiser, converted, inputs
+from tests.small import Denoiser, converted, inputs
 
 
 def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

@@ -22,7 +22,7 @@ from diffcr_surgery.errors import AdapterError
 from diffcr_surgery.save import SETTINGS, TENSORS
 from tests.launch import TEST_ENVIRONMENT
 from tests.models import snapshot
-from tests.unit.test_optimizer import Denoiser, converted, inputs
+from tests.small import Denoiser, converted, inputs
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mounts, limits and devices")
 
@@ -243,9 +243,8 @@ def test_links_in_place_of_a_checkpoint_are_not_followed(tmp_path: Path, target:
 DELETED = """
 import os, shutil, sys, warnings
 import diffcr_surgery as dcs
-from tests.launch import TEST_ENVIRONMENT
 from tests.models import snapshot
-from tests.unit.test_optimizer import converted
+from tests.small import converted
 
 warnings.simplefilter("error")
 model, moment, folder = converted(), None, sys.argv[1]

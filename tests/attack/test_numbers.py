@@ -189,7 +189,9 @@ def test_ratios_that_are_no_numbers_are_named(name: str, number: float) -> None:
 
 @each_case
 @pytest.mark.parametrize("state", ["training", "eval", "specialised"])
-@pytest.mark.parametrize(("number", "meant"), [(-0.0, 0.0), (1e-40, 0.0), (-1e-45, 0.0), (1e38, 0.9), (-1e38, 0.0), (0.9000001, 0.9)])
+@pytest.mark.parametrize(
+    ("number", "meant"), [(-0.0, 0.0), (1e-40, 0.0), (-1e-45, 0.0), (1e38, 0.9), (-1e38, 0.0), (0.9000001, 0.9), (3.0, 0.9), (-3.0, 0.0)]
+)
 def test_ratios_out_of_range_count_as_the_bound_they_crossed(name: str, state: str, number: float, meant: float) -> None:
     found = []
     for value in (number, meant):
@@ -226,7 +228,7 @@ def test_a_step_with_a_broken_gradient_is_not_taken(number: float) -> None:
     dcs.ratio_table(twin).grad = sound.clone()
     dcs.ratio_table(model).grad[1, 0] = number
     was, kept = snapshot(model), copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(NonFiniteError, match=r"\['transformer_blocks.1'\] are not finite"):
+    with pytest.raises(NonFiniteError, match=r"\['transformer_blocks.1'\] are not finite.*GradScaler"):
         optimizer.step()
     assert snapshot(model) == was and torch.equal(model.diffcr.visits, twin.diffcr.visits)
     assert str(optimizer.state_dict()) == str(kept)

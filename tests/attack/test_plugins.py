@@ -33,7 +33,7 @@ import os, sys
 import diffcr_surgery as dcs
 from diffcr_surgery import patterns
 from tests.models import snapshot
-from tests.unit.test_optimizer import Denoiser, inputs
+from tests.small import Denoiser, inputs
 
 def attempt(head):
     model = Denoiser()
@@ -49,6 +49,10 @@ def attempt(head):
 
 for folder in sys.argv[1:]:
     sys.path.insert(0, folder)
+    os.environ[patterns.OFF_SWITCH] = "1"
+    attempt("before")
+    assert not any(name.startswith("diffcr_plug") for name in sys.modules)
+    del os.environ[patterns.OFF_SWITCH]
     attempt("on")
     attempt("again")
     os.environ[patterns.OFF_SWITCH] = "1"
@@ -123,8 +127,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     done = subprocess.run(command, env=TEST_ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line.split("\t") for line in done.stdout.splitlines()]
-    assert len(lines) == 4 * len(cases), done.stdout
-    return {name: {head: (outcome, same == "True") for head, outcome, same in lines[4 * i : 4 * i + 4]} for i, name in enumerate(cases)}
+    assert len(lines) == 5 * len(cases), done.stdout
+    return {name: {head: (outcome, same == "True") for head, outcome, same in lines[5 * i : 5 * i + 5]} for i, name in enumerate(cases)}
 
 
 NOTHING = ("routes 3, knows []", True)
@@ -133,20 +137,22 @@ FOUND = ("routes 3, knows ['from a plug-in']", True)
 
 @pytest.mark.parametrize("name", [*ERRORS, *MALFORMED, *BROKEN])
 def test_a_plugin_that_breaks_is_an_error_by_name(name: str, outcomes: Outcomes) -> None:
-    """Asked again it breaks again; off or gone it is no more."""
+    """Asked again it breaks again; off or gone it is no more. Off from the start, it is not even imported."""
     found = outcomes[name]
+    assert found["before"] == NOTHING
     assert found["on"] == found["again"] and found["on"][1]
     error = found["on"][0]
     named = "An entry point" if name in BROKEN else "The entry point 'entry_of_diffcr_plug_in'"
     cause = ERRORS[name][1] if name in ERRORS else "could not be loaded"
-    for words in (f"PatternError {named}", f"of group {patterns.ENTRY_POINTS}", f"{patterns.OFF_SWITCH}=1", cause):
+    value = "" if name in BROKEN else MALFORMED.get(name, VALUE)
+    for words in (f"PatternError {named}", f"of group {patterns.ENTRY_POINTS}", f"{patterns.OFF_SWITCH}=1", cause, value):
         assert words in error
     assert found["off"] == found["gone"] == NOTHING
 
 
 def test_a_good_plugin(outcomes: Outcomes) -> None:
     """What the others are measured against; what it registered stays."""
-    assert list(outcomes["good"].values()) == [FOUND] * 4
+    assert list(outcomes["good"].values()) == [NOTHING, *[FOUND] * 4]
 
 
 def test_an_interrupt_passes_and_the_plugins_are_asked_again(outcomes: Outcomes) -> None:
@@ -162,3 +168,33 @@ def test_a_good_plugin_next_to_a_bad_one(bad: str, outcomes: Outcomes) -> None:
     assert found["on"] == found["again"]
     assert found["on"][0].startswith(f"PatternError The entry point 'entry_of_diffcr_plug_{bad}'") and "torn cable" in found["on"][0]
     assert found["off"][0].startswith("routes 3") and found["gone"][0].startswith("routes 3")
+
+
+WAITS = """
+import sys, threading, torch
+from diffcr_surgery.patterns import pattern_of
+
+loading, found = threading.Event(), []
+sys.path.insert(0, sys.argv[1])
+first = threading.Thread(target=lambda: found.append(pattern_of(torch.nn.Linear(2, 2))))
+first.start()
+loading.wait()
+found.append(pattern_of(torch.nn.Linear(2, 2)))
+first.join()
+print([getattr(pattern, "name", None) for pattern in found])
+"""
+SLOW = """
+import sys, time, torch
+from diffcr_surgery.patterns import pattern_of
+assert pattern_of(torch.nn.Linear(2, 2)) is None
+sys.modules["__main__"].loading.set()
+time.sleep(0.5)
+"""
+
+
+def test_a_thread_that_comes_second_waits_for_the_plugins(tmp_path: Path) -> None:
+    """And a plug-in that asks for patterns while it is loaded gets those there are."""
+    install(tmp_path, SLOW + GOOD.replace("nowhere.blocks:Block", "torch.nn.modules.linear:Linear"))
+    command = [sys.executable, "-c", WAITS, str(tmp_path)]
+    done = subprocess.run(command, env=TEST_ENVIRONMENT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout.strip() == "['from a plug-in', 'from a plug-in']", done.stderr

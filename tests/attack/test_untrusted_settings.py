@@ -22,8 +22,8 @@ from diffcr_surgery.errors import ConfigError, PatternError
 from diffcr_surgery.patterns import BlockPattern, register_pattern
 from diffcr_surgery.ratios import Budget
 from diffcr_surgery.timesteps import TimestepRegions
-from tests.unit.test_optimizer import LAYERS, Denoiser
-from tests.unit.test_optimizer import inputs as inputs_of
+from tests.small import LAYERS, Denoiser
+from tests.small import inputs as inputs_of
 
 many = settings(max_examples=25 * settings().max_examples)  # an example takes a millisecond
 NAMES = [field.name for field in fields(dcs.DiffCRConfig)]

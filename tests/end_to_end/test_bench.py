@@ -113,6 +113,12 @@ def test_without_the_baseline_the_column_is_missing_by_name(tmp_path: Path, caps
     assert {row["side"] for row in json.loads((tmp_path / "report.json").read_text())["sides"]} == {"dense", "routed", "limit"}
 
 
+def test_without_a_ratio_above_0_nothing_is_said_of_routing(tmp_path: Path) -> None:
+    assert main([*SMALL, "--layers", "1", "--tokens", "16", "--ratio", "0", "--break-even", "--out", str(tmp_path)]) == 0
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert "against the time of their blocks" not in table and "Routed at 0 gives what dense gives, bit for bit: yes." in table
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

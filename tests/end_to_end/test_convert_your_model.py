@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +13,15 @@ from convert_your_model import HELD_OUT, DiT, digits, held_out_loss
 from safetensors.torch import load_file
 
 import diffcr_surgery as dcs
+from tests.launch import run_recipe
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "convert_your_model.py"
 MARKED = re.compile(r"^(?!\s*#).*  # DiffCR (\d)/5\n", re.MULTILINE)
 
 
 def run(script: Path, folder: Path, *length: str) -> tuple[str, dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, script, *length, "--out", "out"],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads((folder / "out" / "results.json").read_text())
+    text = run_recipe(script, *length, "--out", "out", folder=folder)
+    return text, json.loads((folder / "out" / "results.json").read_text())
 
 
 def test_it_trains_converts_and_specialises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 import diffcr_surgery as dcs
 from diffcr_surgery.demo.data import load_splits
+from tests.launch import run_recipe
 from tests.pipelines import clip, save_pipeline
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "evaluate.py"
@@ -251,14 +250,12 @@ def test_what_cannot_be_evaluated_is_said_in_a_line(
 
 
 def test_smoke(tmp_path: Path) -> None:
-    command = [sys.executable, RECIPE, "--smoke", "--out", "out"]
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    text = run_recipe(RECIPE, "--smoke", "--out", "out", folder=tmp_path)
     arms = {arm["arm"]: arm for arm in json.loads((tmp_path / "out" / "evaluation.json").read_text())["arms"]}
     assert list(arms) == ["dense", "token_merging 0.3", "random 0.3", "uniform", "DiffCR"]
     assert [arm["ratio"] for arm in arms.values()] == pytest.approx([0, 19 / 64, 19 / 64, 0.3, 0.3], abs=1e-3)
     assert all(arm["cost"]["flops"] < 0.75 * arms["dense"]["cost"]["flops"] for name, arm in arms.items() if name != "dense")
-    assert done.stdout == (tmp_path / "out" / "evaluation.md").read_text() + "\n"
+    assert text == (tmp_path / "out" / "evaluation.md").read_text() + "\n"
 
 
 def test_distances_are_what_their_definitions_say() -> None:

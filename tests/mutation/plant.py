@@ -85,7 +85,7 @@ BUGS = (
     Bug(
         "region edges off by one", "timesteps.py",
         "int((timestep - self.low) * self.count / (self.high - self.low))",
-        "max(0, math.ceil((timestep - self.low) * self.count / (self.high - self.low)) - 1)",
+        "max(0, -int((self.low - timestep) * self.count // (self.high - self.low)) - 1)",
         "check_mixed_timesteps",
     ),
     Bug(

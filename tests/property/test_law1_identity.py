@@ -1,16 +1,14 @@
 """Law 1: converted at ratio 0 is the original, bit for bit: outputs and gradients, in eval and in training."""
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import diffcr_surgery as dcs
-from tests.models import CASES, Case
+from tests.models import Case, each_case
 from tests.property.scenarios import Scenario, few, loss_and_gradients, scenarios
 
 EXACT = ("doubled_sigmoid", "straight_through")  # the paper's own gate halves every update
-each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 def assert_same_function(scenario: Scenario, *, training: bool) -> None:

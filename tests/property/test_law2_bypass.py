@@ -2,17 +2,14 @@
 
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import diffcr_surgery as dcs
-from tests.models import CASES, DEFAULT, Case, output
+from tests.models import Case, each_case, output
 from tests.property.scenarios import Branch, Scenario, by_hand, few, kept_count, scenarios, top_tokens
 
-each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 COMPRESSED = st.sampled_from([tenths / 10 for tenths in range(1, 10)])
 
 
@@ -94,17 +91,3 @@ def test_bypassed_tokens_are_untouched_and_kept_ones_are_the_blocks(case: Case, 
         bypassed = torch.ones_like(scores, dtype=torch.bool).scatter(1, kept, False)
         assert torch.equal(after[bypassed], before[bypassed])
         assert (after[~bypassed] != before[~bypassed]).any(dim=1).all()
-
-
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_ties_go_to_the_lower_index(case: Case) -> None:
-    """Untrained routers score all tokens alike, so the first ones are kept."""
-    sites = len(case.sites)
-    scenario = Scenario(case, DEFAULT, DEFAULT, 16, 1, (3, 3), "doubled_sigmoid", ((0.5,),) * sites, 0)
-    model = scenario.convert(scenario.original(), trained=False)
-    with torch.no_grad():
-        dcs.ratio_table(model).fill_(0.5)
-    watch = Watch(model, scenario)
-    for site in range(sites):
-        assert torch.equal(watch.streams[site + 1][:, 8:], watch.streams[site][:, 8:])
-        assert (watch.streams[site + 1][:, :8] != watch.streams[site][:, :8]).any(dim=2).all()

@@ -2,17 +2,14 @@
 
 from dataclasses import replace
 
-import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import diffcr_surgery as dcs
-from tests.models import CASES, Case, output
+from tests.models import Case, each_case, output
 from tests.property.scenarios import BINS, Branch, Scenario, bracket, by_hand, few, loss_and_gradients, scenarios
-
-each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 @each_case
@@ -137,19 +134,6 @@ def silent(model: nn.Module) -> nn.Module:
             for values in module.parameters():  # of `qkv`, its last third
                 nn.init.zeros_(values[2 * len(values) // 3 if name.endswith("qkv") else 0 :])
     return model
-
-
-@each_case
-@given(data=st.data(), over=st.floats(0.91, 3), under=st.floats(-3, -0.01), training=st.booleans())
-@few
-def test_ratios_out_of_range_count_as_the_bound(case: Case, data: st.DataObject, over: float, under: float, training: bool) -> None:
-    """Blend weights never extrapolate: an optimizer that overshoots is held at the bounds."""
-    scenario = data.draw(scenarios(case, min_tokens=10))
-    site = data.draw(st.integers(0, len(case.sites) - 1))
-    model = one_site(scenario, site).train(training)
-    inputs = scenario.inputs(model)
-    assert torch.equal(run_at(model, inputs, site, over), run_at(model, inputs, site, 0.9))
-    assert torch.equal(run_at(model, inputs, site, under), run_at(model, inputs, site, 0.0))
 
 
 @each_case

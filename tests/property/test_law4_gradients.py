@@ -1,15 +1,12 @@
 """Law 4: gradients reach every ratio of the regions seen and every router that decides; the budget is met."""
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import diffcr_surgery as dcs
-from tests.models import CASES, DEFAULT, Case, output
+from tests.models import DEFAULT, Case, each_case, output
 from tests.property.scenarios import Scenario, few, loss_and_gradients, scenarios
-
-each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 @each_case
@@ -48,7 +45,7 @@ def test_the_table_leaves_exact_zero(case: Case, data: st.DataObject) -> None:
     assert (table > 0).all()
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@each_case
 @given(data=st.data(), target=st.integers(5, 90).map(lambda hundredths: hundredths / 100))
 @few
 def test_budget_loss_pulls_the_mean_to_the_target(case: Case, data: st.DataObject, target: float) -> None:
@@ -70,7 +67,7 @@ def test_budget_loss_pulls_the_mean_to_the_target(case: Case, data: st.DataObjec
     assert abs(float(dcs.ratio_table(model).detach().mean()) - target) < 0.01
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@each_case
 def test_ratio_optimizer_meets_the_target_and_tells_entries_apart(case: Case) -> None:
     scenario = Scenario(case, DEFAULT, DEFAULT, 16, 2, (2, 8), "doubled_sigmoid", (), 3)
     model = scenario.convert(scenario.original(label_dropout=False), trained=False).train()

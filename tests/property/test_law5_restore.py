@@ -2,17 +2,14 @@
 
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import diffcr_surgery as dcs
-from tests.models import CASES, Case, snapshot
+from tests.models import Case, each_case, snapshot
 from tests.property.scenarios import few, loss_and_gradients, scenarios
-
-each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 def disturb(model: nn.Module, data: st.DataObject) -> None:

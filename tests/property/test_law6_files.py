@@ -3,17 +3,14 @@
 import tempfile
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import diffcr_surgery as dcs
-from tests.models import CASES, Case, output
+from tests.models import Case, each_case, output
 from tests.property.scenarios import SPOTS, Scenario, few, kept_count, loss_and_gradients, scenarios
-
-each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 @each_case

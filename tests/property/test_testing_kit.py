@@ -22,7 +22,7 @@ from diffcr_surgery.rewrite import ops
 from diffcr_surgery.testing import laws
 from diffcr_surgery.testing.strategies import SEEDS, architectures
 from diffcr_surgery.tokens import gather_each
-from tests.models import CASES, Case
+from tests.models import Case, each_case
 from tests.mutation.plant import BUGS, plant
 from tests.property.scenarios import few
 
@@ -101,12 +101,12 @@ def test_the_search_finds_what_moves_and_what_stays(data: st.DataObject) -> None
         moving = {name: axes for name, axes in form.moving.items() if name != "skip" or hasattr(model.blocks[number], "merge")}
         found, wanted = ({name: meaning(axes, samples) for name, axes in each.items()} for each in (site.aligned, moving))
         assert found == wanted
-        assert site.hint is not None and site.hint[1] == (form.residual == "outside")
+        assert site.hint[1] == (form.residual == "outside")
         assert (site.tokens, site.staying) == (inputs["latent"].shape[-2], staying)
 
 
 @each_law
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@each_case
 @given(data=st.data())
 @few
 def test_laws_hold_for_real_classes(case: Case, law: Callable[..., None], data: st.DataObject) -> None:

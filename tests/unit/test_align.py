@@ -9,6 +9,7 @@ from torch.nn import functional
 
 import diffcr_surgery as dcs
 from diffcr_surgery.align import align_block
+from diffcr_surgery.align.planned import align_as_planned
 from diffcr_surgery.align.proof import _permutations, tolerance
 from diffcr_surgery.detect import named_leaves
 from diffcr_surgery.testing.denoisers import Architecture, Denoiser
@@ -225,6 +226,46 @@ def test_a_block_may_write_into_its_stream():
     assert found.routable and found.stream == "x" and found.overwrites
 
 
+class WritingEitherStream(Base):
+    """Spoils one argument, and cannot do without the order of the other's tokens."""
+
+    def forward(self, x, skip):
+        x += 1
+        return self.finish(x, self.attend(x)) + skip.cumsum(1)
+
+
+def test_a_stream_that_was_tried_in_vain_is_not_said_to_be_spoiled_by_itself():
+    found = align(WritingEitherStream(), rand(2, 6, WIDTH), rand(2, 6, WIDTH), streams=("x", "skip"))
+    assert not found.routable and "writes into" not in found.reason and "tokens are no set" in found.reason
+
+
+class AlwaysCausal(Base):
+    def forward(self, x, is_causal):
+        if not is_causal:
+            raise ValueError("only causal")
+        return self.finish(x, self.attend(x, mask=torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()))
+
+
+def test_a_block_that_insists_on_its_causal_flag_is_refused():
+    marks = {"x": torch.ones(2, 6, dtype=torch.bool)}
+    found = align_block(BlockSample(AlwaysCausal(), (rand(2, 6, WIDTH),), {"is_causal": True}), marks)
+    assert not found.routable and "tokens are no set" in found.reason
+
+
+class Alike(TimeFirst):
+    """Takes samples of the same mean alone."""
+
+    def forward(self, x):
+        if not torch.allclose(*x.mean(0), atol=1e-3):
+            raise ValueError("samples differ")
+        return super().forward(x)
+
+
+def test_a_block_that_cannot_take_another_first_sample_is_proven_all_the_same():
+    found = align(Alike(), rand(6, 1, WIDTH).repeat(1, 2, 1), hint={"x": "n b c"}, search=False)
+    assert found.routable and found.batches == {}
+
+
 class Drawing(Base):
     def forward(self, x, **_):
         return self.finish(x, self.attend(x) + 0 * torch.rand(1))
@@ -280,6 +321,16 @@ def test_a_number_the_block_cannot_do_without_follows_its_tokens():
     assert found.routable and found.aligned == {"x": "b n c", "n": "#n"}
     found = align(ViewingTwice(), rand(3, 8, WIDTH), 8, 8, 8)
     assert found.routable and found.aligned == {"x": "b n c", "rows": "#n", "n": "#n"}
+
+
+def test_as_planned_a_number_that_counts_all_tokens_has_to_count_them():
+    """With its weights sharded a block is not proven anew, but what it is given is checked."""
+    mark = torch.tensor([[False, False, True, True, True, True]]).expand(3, -1)
+    known = align_block(BlockSample(Viewing(), (rand(3, 6, WIDTH), 3, 6, 2, 8), {}), {"x": mark})
+    assert known.counts == {"n": "m+n"}
+    given = BlockSample(Viewing(), (rand(3, 6, WIDTH), 3, 5, 2, 8), {})
+    found = align_as_planned(given, {"x": mark}, known)
+    assert "count the tokens (6, of which 4 may bypass), and are [5]" in found.reason
 
 
 class TimeFirstRotary(Base):

@@ -48,7 +48,10 @@ ORDER = (
     "__main__",
 )
 
-OPTIONAL = ("accelerate", "datasets", "diffusers", "hypothesis", "matplotlib", "peft", "rich", "sklearn", "timm")
+OPTIONAL = (
+    "accelerate", "datasets", "diffusers", "hypothesis", "matplotlib", "peft", "rich", "skimage", "sklearn", "tensorboard", "timm",
+    "torchao", "torchmetrics", "torchvision", "transformers", "yaml",
+)  # fmt: skip
 
 
 def stage_of(path: Path) -> str:

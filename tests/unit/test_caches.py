@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -350,10 +350,11 @@ def test_a_block_that_keeps_its_attention_map_is_routed() -> None:
 
 
 # --- caches in real calls --------------------------------------------------------------------------------------------
-def cold(name: str, **ratios: float) -> tuple[nn.Module, dict[str, Any]]:
-    model, inputs = routed(name, **ratios)
+def cold(name: str) -> nn.Module:
+    """A specialised model that has answered no call."""
+    model, _ = routed(name)
     model.diffcr.recordings = type(model.diffcr.recordings)()
-    return model, inputs
+    return model
 
 
 @pytest.mark.parametrize("name", ["pixart", "flux"])
@@ -361,26 +362,23 @@ def test_first_block_cache_is_exact_from_the_first_call_on(name: str) -> None:
     """The first call of a shape records the model by running it thrice, which the cache must not see."""
     model, inputs = routed(name)
     expected, skips = first_block_cache_by_hand(model, name, steps(inputs))
-    model, _ = cold(name)
-    apply_first_block_cache(model, FirstBlockCacheConfig(threshold=0.2))
+    model = cold(name)
+    _first_block(model)
     actual = []
     for index, call in enumerate(steps(inputs)):
         if index in (1, 3):  # as at a new shape: recorded where the cache skips, and where it does not
             model.diffcr.recordings = type(model.diffcr.recordings)()
-        with torch.no_grad(), context(model, "cond"):
-            actual.append(output(model(**call)))
+        actual.append(run(model, call))
     assert skips == [False, True, True, False, True] and all(map(torch.equal, actual, expected))
 
 
 def test_a_call_refuses_caches_that_routing_would_mix_up() -> None:
     model, inputs = routed(ends=0.5)
-    apply_first_block_cache(model, FirstBlockCacheConfig(threshold=0.2))
-    with pytest.raises(ConversionError, match=r"^The cache 'fbc_leader_block_hook'"), context(model, "cond"):
-        model(**inputs)
+    _first_block(model)
+    with pytest.raises(ConversionError, match=r"^The cache 'fbc_leader_block_hook'"):
+        run(model, inputs)
     model, inputs = routed()
-    apply_pyramid_attention_broadcast(
-        model, PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500)
-    )
+    _pyramid(model)
     with pytest.raises(ConversionError, match=r"sits on transformer_blocks\.1\.attn1"):
         model(**inputs)
 
@@ -392,12 +390,11 @@ def test_a_call_of_two_regions_refuses_any_cache() -> None:
         dcs.ratio_table(model)[[0, -1]] = 0.0
         dcs.ratio_table(model)[1] = torch.tensor([0.2, 0.3, 0.4, 0.5])
     dcs.specialize_(model)
-    apply_first_block_cache(model, FirstBlockCacheConfig(threshold=0.2))
-    with pytest.raises(ConversionError, match=r"run in 2 parts, and the cache"), context(model, "cond"):
-        model(**inputs)
+    _first_block(model)
+    with pytest.raises(ConversionError, match=r"run in 2 parts, and the cache"):
+        run(model, inputs)
     one = {**inputs, "timestep": case.times(4, [2, 2])}
-    with torch.no_grad(), context(model, "cond"):
-        assert bool(output(model(**one)).isfinite().all())
+    assert bool(run(model, one).isfinite().all())
 
 
 @pytest.mark.parametrize("gate", ["doubled_sigmoid", "sigmoid"])
@@ -406,13 +403,10 @@ def test_a_gate_that_acts_at_ratio_zero_counts_as_alteration(gate: str) -> None:
     model = case.build(0)
     inputs = case.inputs(model, 2, seed=1)
     dcs.specialize_(dcs.convert_(model, inputs, dcs.DiffCRConfig(timestep_range=case.timestep_range, gate=gate)))
-    apply_first_block_cache(model, FirstBlockCacheConfig(threshold=0.2))
-    with torch.no_grad(), context(model, "cond"):
-        if gate == "sigmoid":
-            with pytest.raises(ConversionError, match=r"^The cache 'fbc_leader_block_hook'"):
-                model(**inputs)
-        else:
-            model(**inputs)
+    _first_block(model)
+    refusal = pytest.raises(ConversionError, match=r"^The cache 'fbc_leader_block_hook'")
+    with refusal if gate == "sigmoid" else nullcontext():
+        run(model, inputs)
 
 
 def test_a_bare_copy_of_a_quantised_block_has_plain_weights_near_its_own() -> None:

@@ -13,10 +13,10 @@ from torch._dynamo.utils import counters
 
 import diffcr_surgery as dcs
 from diffcr_surgery.errors import TimestepError, TraceError
-from tests.models import CASES, Case, Size, output
+from tests.models import CASES, Case, Size, each_case, output
 
-EACH = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 SPOTS = 12
+RATIOS = (0.0, 0.5, 0.3)  # of the regions, in turn
 
 
 class Compiler:
@@ -38,7 +38,7 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def specialised(case: Case, ratios: tuple[float, ...] = (0.0, 0.5, 0.3), regions: int = 3) -> nn.Module:
+def specialised(case: Case, ratios: tuple[float, ...] = RATIOS, regions: int = 3) -> nn.Module:
     model = case.build(0)
     config = dcs.DiffCRConfig(timestep_regions=regions, timestep_range=case.timestep_range)
     dcs.convert_(model, inputs(case, model, 0), config)
@@ -55,7 +55,7 @@ def inputs(case: Case, model: nn.Module, *spots: int, size: Size | None = None) 
     return case.inputs(model, len(spots), 1, timesteps=case.times(SPOTS, list(spots)), **sized)
 
 
-@EACH
+@each_case
 @torch.no_grad()
 def test_one_graph_a_region_and_shape_and_no_break(case: Case) -> None:
     model = specialised(case)
@@ -66,33 +66,20 @@ def test_one_graph_a_region_and_shape_and_no_break(case: Case) -> None:
     for _ in range(2):  # the second time round, nothing is compiled
         assert all(torch.equal(output(compiled(**call)), result) for call, result in zip(calls, wanted, strict=True))
         assert len(compiler.graphs) == 3
+    for graph, ratio in zip(compiler.graphs, RATIOS, strict=True):
+        assert_whole(graph, model, routed=ratio > 0)
     single = inputs(case, model, 0)
     assert torch.equal(output(compiled(**single)), output(model(**single)))
     assert len(compiler.graphs) == 4
     assert not counters["graph_break"]
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["dit", "flux"])
-def test_what_is_compiled_is_the_whole_model(name: str) -> None:
-    """Every linear layer of the blocks that run, and no dense fallback."""
-    case = CASES[name]
-    model, compiler = specialised(case, (0.5,), 1), Compiler()
-    call = inputs(case, model, 3, 3)
-    model(**call)
-    torch.compile(model, fullgraph=True, backend=compiler)(**call)
-    (graph,) = compiler.graphs
-    names = {str(node.target) for node in graph.graph.nodes}
-    assert any("topk" in name for name in names)
-    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-    seen = {id(tensor): tensor for tensor in (*graph.parameters(), *_inputs(graph))}
-    assert sum(t.numel() for t in seen.values()) >= 0.9 * weights
-
-
-def _inputs(graph: fx.GraphModule) -> Iterator[Tensor]:
-    for node in graph.graph.find_nodes(op="placeholder"):
-        if isinstance(node.meta.get("example_value"), Tensor):
-            yield node.meta["example_value"]
+def assert_whole(graph: fx.GraphModule, model: nn.Module, *, routed: bool) -> None:
+    """It holds every linear layer of the blocks that run, and is no dense fallback."""
+    assert any("topk" in str(node.target) for node in graph.graph.nodes) == routed
+    given = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
+    seen = {id(tensor): tensor.numel() for tensor in (*graph.parameters(), *given) if isinstance(tensor, Tensor)}
+    assert sum(seen.values()) >= 0.9 * sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
 
 
 @torch.no_grad()
@@ -109,9 +96,9 @@ def test_a_batch_of_several_regions_runs_their_graphs() -> None:
 
 @torch.no_grad()
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a C++ compiler on a CPU")
-@pytest.mark.parametrize("name", ["dit", "flux"])
-def test_inductor_gives_the_same(name: str) -> None:
-    case = CASES[name]
+def test_inductor_gives_the_same() -> None:
+    """For a DiT, the recipe that packages one compares."""
+    case = CASES["flux"]
     model = specialised(case, (0.5,), 1)
     call = inputs(case, model, 3, 3)
     wanted = output(model(**call))
@@ -140,15 +127,16 @@ def test_a_model_in_training_runs_beside_the_compiler() -> None:
     model = case.build(0)
     call = inputs(case, model, 5, 5)
     dcs.convert_(model, call, dcs.DiffCRConfig(initial_ratio=0.25)).train()
-    output(model(**call)).sum().backward()
-    wanted = dcs.ratio_table(model).grad.clone()
+    wanted = output(model(**call))
+    wanted.sum().backward()
+    gradient = dcs.ratio_table(model).grad.clone()
     model.zero_grad()
-    compiled = torch.compile(model, backend=Compiler())
-    output(compiled(**call)).sum().backward()
-    assert torch.equal(dcs.ratio_table(model).grad, wanted)
+    found = output(torch.compile(model, backend=Compiler())(**call))
+    found.sum().backward()
+    assert torch.equal(found, wanted) and torch.equal(dcs.ratio_table(model).grad, gradient)
 
 
-@EACH
+@each_case
 @torch.no_grad()
 def test_export_of_one_region(case: Case) -> None:
     model = specialised(case)

@@ -44,6 +44,10 @@ WRONG = [
     *each("cost", "expected one of 'tokens'", "seconds", None),
     *each("blocks", "regular expression", "(", "*", 3, b"blocks", ["blocks"]),
     *each("learn_ratios", "True or False", 0, 1, "false", None),
+    *each("target_share", r"expected a number in \[0, 1\]", -0.1, 1.5, NAN, "0.8", True),
+    *each("share_routing", "whole number of at least 1", 0, -1, 2.0, "2", True, None),
+    *each("region_weights", "expected 1 numbers of at least 0", (1, 1), (), (-1,), (0,), (1e308, 1e308)),
+    *each("region_weights", "sequence of finite numbers", "1", 3, (NAN,), (INFINITY,)),
 ]
 
 
@@ -92,10 +96,15 @@ def configs(draw: st.DrawFn) -> DiffCRConfig:
     last = draw(st.floats(0.999, 1))
     top = draw(st.floats(0, 0.99))
     bound = st.floats(-1e6, 1e6)
+    regions = draw(st.integers(1, 50))
+    weights = st.lists(st.floats(0, 1e6), min_size=regions, max_size=regions).filter(any)
     ends = sorted(draw(st.tuples(bound, bound).filter(lambda pair: pair[0] != pair[1])))
     return DiffCRConfig(
         target_ratio=draw(st.floats(0, top)),
-        timestep_regions=draw(st.integers(1, 50)),
+        target_share=draw(st.none() | st.floats(0, 1)),
+        timestep_regions=regions,
+        region_weights=draw(st.none() | weights.map(tuple)),
+        share_routing=draw(st.integers(1, 50)),
         timestep_argument=draw(st.text(min_size=1)),
         timestep_range=draw(st.just("auto") | st.just((ends[0], ends[1]))),
         bins=(0.0, *inner, last),

@@ -86,8 +86,6 @@ def test_shares_that_cannot_be_reached_are_named() -> None:
     inputs = DIT.inputs(model, 1, 0)
     with pytest.raises(ConfigError, match=r"target_share=0.01 of the dense model's flops cannot be reached: .* is left"):
         dcs.plan(model, inputs, dcs.DiffCRConfig(cost="flops", target_share=0.01))
-    with pytest.raises(ConfigError, match=r"target_share=1\.5"):
-        dcs.DiffCRConfig(target_share=1.5)
     assert not hasattr(model, "diffcr")
 
 
@@ -118,9 +116,10 @@ def test_costs_follow_the_table_to_half_precision_and_back() -> None:
     model = DIT.build(0)
     dcs.convert_(model, DIT.inputs(model, 1, 0), dcs.DiffCRConfig(cost="flops"))
     before = model.diffcr.site_costs.clone()
-    model.to(torch.bfloat16)
-    assert model.diffcr.site_costs.dtype == torch.float32
-    assert torch.allclose(model.diffcr.site_costs, before, rtol=1e-6)
+    for dtype in (torch.bfloat16, torch.float32):
+        model.to(dtype)
+        assert model.diffcr.site_costs.dtype == torch.float32
+        assert torch.allclose(model.diffcr.site_costs, before, rtol=1e-6)
 
 
 def test_costs_of_checkpointed_blocks_are_those_of_the_blocks() -> None:

@@ -99,6 +99,10 @@ def written_through_a_view(self: Denoiser, x: Tensor, text: Tensor, _: Any) -> T
     return self.through(y)[:, text.shape[1] :]
 
 
+def turned_over(self: Denoiser, x: Tensor, text: Tensor, _: Any) -> Tensor:
+    return self.through(torch.cat([self.embed(text).mT, self.embed(x).mT], 2).mT)[:, text.shape[1] :]
+
+
 def padded(self: Denoiser, x: Tensor, text: Tensor, _: Any) -> Tensor:
     y = functional.pad(x.transpose(1, 2), (0, text.shape[1])).transpose(1, 2)
     return self.through(y)[:, : x.shape[1]]
@@ -121,6 +125,7 @@ WAYS: dict[Forward, int] = {
     registers_around: 3,
     written_into_zeros: TEXT,
     written_through_a_view: TEXT,
+    turned_over: TEXT,
     padded: TEXT,
     parted_and_joined_again: TEXT,
     joined_in_a_module: TEXT,

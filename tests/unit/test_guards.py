@@ -139,11 +139,15 @@ TRAPS = {
     "eval after train": Trap(_mode, change=lambda model: model.eval()),
     "bfloat16 at the root": Trap(_dtype, change=lambda model: model.to(torch.bfloat16)),
     "item": _read(lambda t: t.item(), 2.0, 5.0),
+    "int": _read(lambda t: int(t), 2.0, 5.0),
+    "float": _read(lambda t: float(t), 2.0, 5.0),
     "tolist": _read(lambda t: sum(t.tolist()), [1, 2], [3, 4]),
     "bool": _read(lambda t: 5.0 if t > 2 else -5.0, 1.0, 3.0),
     "len of what a mask selects": _read(lambda t: len(t.nonzero()), [True, False, True], [True, False, False]),
     "range": _read(lambda t: float(sum(range(t))), 3, 5),
     "numpy": _read(lambda t: float(np.square(t.numpy()).sum()), [1.0, 2.0], [3.0, 2.0]),
+    "array": _read(lambda t: float(np.asarray(t).sum()), [1.0, 2.0], [3.0, 2.0]),
+    "equal": _read(lambda t: 7.0 if torch.equal(t, torch.tensor(2.0)) else -7.0, 2.0, 5.0),
     "control flow on a mask's content": _read(lambda t: 1.0 if t.all() else 0.5, [True, True], [True, False]),
     "an arange that ends at a tensor": _read(lambda t: torch.arange(t).shape[0], 3, 5),
     "a slice that ends at a tensor": _read(lambda t: torch.zeros(9)[:t].numel(), 3, 5),
@@ -197,10 +201,10 @@ def test_ours_records_anew_where_the_naive_recording_is_wrong(trap: Trap) -> Non
     except Exception:  # shapes that do not fit, as a rule
         wrong = None
     assert wrong is None or wrong.shape != wanted.shape or wrong.dtype != wanted.dtype or not torch.equal(wrong, wanted)
-    for _ in range(2):
-        got = recorded.run(*trap.then)
+    for args in (trap.then, trap.then, trap.first):
+        wanted, got = model(*args), recorded.run(*args)
         assert got.dtype == wanted.dtype and torch.equal(got, wanted)
-    assert len(recorded) == trap.records
+        assert len(recorded) == trap.records
 
 
 @pytest.mark.parametrize("read", [lambda t: t[0].item(), lambda t: t.tolist()[0], lambda t: t.numpy()[0]], ids=["item", "tolist", "numpy"])

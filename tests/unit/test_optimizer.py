@@ -10,45 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn import functional
 
 import diffcr_surgery as dcs
-from diffcr_surgery.errors import ConfigError, ConversionError, NonFiniteError
+from diffcr_surgery.errors import ConfigError, ConversionError
+from tests.small import LAYERS, REGIONS, Denoiser, converted, give, inputs
 
-WIDTH, LAYERS, REGIONS = 8, 3, 4
 CLOSE = 1e-6
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + functional.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1))
-        return x + self.mlp(x)
-
-
-class Denoiser(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        x = x + t[:, None, None] / 1000
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-def inputs(*timesteps: float) -> dict[str, Tensor]:
-    return {"x": torch.randn(len(timesteps), 10, WIDTH, generator=torch.Generator().manual_seed(3)), "t": torch.tensor(timesteps)}
-
-
-def converted(**settings: Any) -> nn.Module:
-    config = dcs.DiffCRConfig(**{"target_ratio": 0.3, "timestep_regions": REGIONS, "timestep_range": (0, 1000)} | settings)
-    return dcs.convert_(Denoiser().train(), inputs(100.0, 900.0), config)
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +32,6 @@ def model(original: nn.Module) -> nn.Module:
 
 def mean(model: nn.Module) -> float:
     return float(dcs.ratio_table(model).detach().double().mean())
-
-
-def give(model: nn.Module, gradient: Tensor | None) -> None:
-    dcs.ratio_table(model).grad = None if gradient is None else gradient.clone()
 
 
 # --- the schedule ----------------------------------------------------------------------------------------------------
@@ -175,17 +138,6 @@ def test_the_average_forgets_slowly_and_steps_grow_smaller(model: nn.Module) -> 
     assert torch.allclose(dcs.ratio_table(model), wanted, atol=1e-5)
 
 
-def test_the_scale_of_the_loss_decides_nothing(model: nn.Module) -> None:
-    twin = copy.deepcopy(model)
-    gradients = torch.randn(5, LAYERS, REGIONS)
-    for one, scale in ((model, 1.0), (twin, 1e4)):
-        optimizer = dcs.RatioOptimizer(one, total_steps=5)
-        for gradient in gradients:
-            give(one, scale * gradient)
-            optimizer.step()
-    assert torch.allclose(dcs.ratio_table(model), dcs.ratio_table(twin), atol=1e-5)
-
-
 def test_noise_moves_less_than_what_stays_the_same(model: nn.Module) -> None:
     twin, source = copy.deepcopy(model), torch.Generator().manual_seed(0)
     constant = torch.randn(LAYERS, REGIONS, generator=source)
@@ -240,18 +192,6 @@ def test_regions_seen_at_other_times_are_each_corrected_for_their_own_count(mode
     table = dcs.ratio_table(model).detach()
     assert torch.allclose(table[:, 0], table[:, 1], atol=CLOSE)
     assert float(table[0, 1] - table[2, 1]) == pytest.approx(2e-3 * 0.99 * 1.5**0.5, abs=1e-5)
-
-
-@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
-def test_a_gradient_that_is_no_number_is_an_error_that_names_the_site(model: nn.Module, poison: float) -> None:
-    before = dcs.ratio_table(model).detach().clone()
-    optimizer = dcs.RatioOptimizer(model, total_steps=4)
-    gradient = torch.randn(LAYERS, REGIONS)
-    gradient[1, 2] = poison
-    give(model, gradient)
-    with pytest.raises(NonFiniteError, match=r"\['blocks.1'\] are not finite.*GradScaler"):
-        optimizer.step()
-    assert torch.equal(dcs.ratio_table(model), before)
 
 
 def test_a_frozen_table_is_refused(model: nn.Module) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -260,95 +257,3 @@ def test_a_wrong_declaration_is_an_error_and_never_silent_noise(wrong: dict[str,
     for words in ("'planted'", target(Block), "blocks.0", str(wrong), "remove it"):
         assert words in str(caught.value)
     assert not hasattr(model, "diffcr") and type(model) is Denoiser
-
-
-# --- plug-ins --------------------------------------------------------------------------------------------------------
-def plugin(folder: Path, source: str, attribute: str = "pattern") -> str:
-    """Install a distribution as pip would: a module, and metadata that names an entry point; returns the entry point's value."""
-    name = folder.name
-    info = folder / f"{name}-1.0.dist-info"
-    info.mkdir(parents=True)
-    (folder / f"{name}.py").write_text(source)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[{patterns.ENTRY_POINTS}]\nentry_of_{name} = {name}:{attribute}\n")
-    return f"{name}:{attribute}"
-
-
-SCRIPT = f"""
-import os, sys, torch
-from diffcr_surgery.patterns import PatternError, pattern_of
-
-def show(head):
-    try:
-        print(head, getattr(pattern_of(torch.nn.Linear(2, 2)), "name", None))
-    except PatternError as error:
-        print(head, error)
-
-for folder in sys.argv[1:]:
-    sys.path.insert(0, folder)
-    os.environ[{patterns.OFF_SWITCH!r}] = "1"
-    show("off:")
-    print("imported:", os.path.basename(folder) in sys.modules)
-    del os.environ[{patterns.OFF_SWITCH!r}]
-    show("on:")
-    show("again:")
-    sys.path.remove(folder)
-"""
-
-GOOD = """
-from diffcr_surgery import BlockPattern
-pattern = BlockPattern("from a plug-in", "torch.nn.modules.linear:Linear", {"input": "b n c"})
-"""
-
-
-def test_plugins_are_found_named_when_broken_and_can_be_switched_off(tmp_path: Path) -> None:
-    """In a fresh interpreter, one after the other: plug-ins that fail are asked again, the first that loads settles it."""
-    causes = {
-        plugin(tmp_path / "plug_on_fire", "raise OSError('the disk is on fire')"): "the disk is on fire",
-        plugin(tmp_path / "plug_without", GOOD, "missing"): "missing",
-        plugin(tmp_path / "plug_of_text", "pattern = 'Linear'"): "takes a BlockPattern, not str",
-    }
-    good = plugin(tmp_path / "plug_that_works", GOOD)
-    folders = [str(tmp_path / value.partition(":")[0]) for value in (*causes, good)]
-    settings = os.environ | {"PYTHONPATH": str(Path(dcs.__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", SCRIPT, *folders], env=settings, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    lines = iter(done.stdout.splitlines())
-    for value, cause in causes.items():
-        assert (next(lines), next(lines)) == ("off: None", "imported: False")
-        for head in ("on:", "again:"):
-            error = next(lines)
-            for words in (head, f"entry_of_{value.partition(':')[0]}", value, patterns.ENTRY_POINTS, cause, f"{patterns.OFF_SWITCH}=1"):
-                assert words in error
-    assert list(lines) == ["off: None", "imported: False", "on: from a plug-in", "again: from a plug-in"]
-
-
-SLOW = """
-import sys, threading, torch
-from diffcr_surgery.patterns import pattern_of
-
-loading, found = threading.Event(), []
-sys.path.insert(0, sys.argv[1])
-first = threading.Thread(target=lambda: found.append(pattern_of(torch.nn.Linear(2, 2))))
-first.start()
-loading.wait()
-found.append(pattern_of(torch.nn.Linear(2, 2)))
-first.join()
-print([getattr(pattern, "name", None) for pattern in found])
-"""
-
-
-def test_a_thread_that_comes_second_waits_for_the_plugins(tmp_path: Path) -> None:
-    """And a plug-in that asks for patterns while it is loaded gets those there are."""
-    slow = """
-import sys, time, torch
-from diffcr_surgery.patterns import pattern_of
-assert pattern_of(torch.nn.Linear(2, 2)) is None
-sys.modules["__main__"].loading.set()
-time.sleep(0.5)
-"""
-    plugin(tmp_path / "plug_slow", slow + GOOD)
-    settings = os.environ | {"PYTHONPATH": str(Path(dcs.__file__).parents[1])}
-    command = [sys.executable, "-c", SLOW, str(tmp_path / "plug_slow")]
-    done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False, timeout=120)
-    assert done.stdout.strip() == "['from a plug-in', 'from a plug-in']", done.stderr

@@ -3,50 +3,20 @@
 import pytest
 import torch
 from baselines import random_tokens as dropping
-from torch import Tensor, nn
+from torch import Tensor
 
 import diffcr_surgery as dcs
 from diffcr_surgery.bench.hooks import Shortening
 from diffcr_surgery.tokens import kept_count
+from tests.small import TableModel
 
 TOKENS = 10
 
 
-class Block(nn.Module):
-    """Adds positions and mixes tokens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
-        self.seen: list[tuple[Tensor, Tensor]] = []
-
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        self.seen.append((x, positions))
-        y = x + positions
-        x = x + self.attn(y, y, y, need_weights=False)[0]
-        return x + self.mlp(x)
-
-
-class Model(nn.Module):
-    """Two blocks with positions shared by the batch, or of each sample."""
-
-    def __init__(self, shared: bool) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
-        self.table, self.shared = nn.Parameter(torch.randn(TOKENS, 8)), shared
-
-    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
-        positions = self.table if self.shared else self.table.expand(len(x), -1, -1) + timestep[:, None, None]
-        for block in self.blocks:
-            x = block(x, positions=positions)
-        return x
-
-
-def dropped(shared: bool, ratio: float, seed: int = 0) -> tuple[Model, Tensor, Tensor]:
+def dropped(shared: bool, ratio: float, seed: int = 0) -> tuple[TableModel, Tensor, Tensor]:
     """A model with dropping attached, its input, and what it gives."""
     torch.manual_seed(0)
-    model = Model(shared).eval().requires_grad_(False)
+    model = TableModel(TOKENS, shared).eval().requires_grad_(False)
     inputs = {"x": torch.randn(3, TOKENS, 8), "timestep": torch.tensor([3.0, 4.0, 5.0])}
     plan = dcs.plan(model, inputs)
     assert "positions" in plan.routed_sites[0].aligned

@@ -15,12 +15,14 @@ from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepSchedu
 from parts.caching import PreparedData, load_captioned
 from parts.calling import UnsupportedPipeline, encode_captions, read_calling
 from parts.checkpoints import Checkpoints
+from parts.evaluating import baseline
 from parts.inpainting_measure import masked_psnr
 from parts.objectives import FlowMatching, NoisePrediction, objective_of
 from parts.settings import add_diffcr_flags, diffcr_config, new_parser, read_arguments
 from parts.tiny import captioned_photographs, tiny_pixart
-from torch import nn
+from torch import Tensor, nn
 
+import diffcr_surgery as dcs
 from tests.pipelines import save_pipeline
 
 CALL = {"height": 32, "width": 32, "guidance_scale": 1.0, "use_resolution_binning": False, "clean_caption": False}
@@ -170,6 +172,14 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     assert (config.target_ratio, config.timestep_regions, config.branches, config.cost) == (0.4, 8, "boundary", "flops")
 
 
+def test_a_wrong_setting_in_the_file_is_an_error_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("target-ration: 0.3\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="2"):
+        parsed("--config", str(file))
+    assert "unrecognized arguments: --target-ration 0.3" in capsys.readouterr().err
+
+
 def test_uniform_is_mixture_of_depths() -> None:
     config = diffcr_config(parsed("--uniform", "--target-ratio", "0.3"), timestep_range=(0, 1000))
     assert (config.initial_ratio, config.learn_ratios, config.timestep_regions) == (0.3, False, 1)
@@ -191,6 +201,46 @@ def test_checkpoints_keep_the_newest_and_only_what_is_trained(tmp_path: Path) ->
     assert checkpoints.resume() == 6 and torch.equal(model[1].weight, kept)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-4", "step-6"]
     assert (tmp_path / "step-6" / "trained.safetensors").stat().st_size < 300 and not list(tmp_path.rglob("model*.safetensors"))
+
+
+class Block(nn.Module):
+    """Is told how many tokens it has, or -1 for as many as come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.mlp = nn.MultiheadAttention(8, 2, batch_first=True), nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def forward(self, x: Tensor, count: int) -> Tensor:
+        x = x.reshape(len(x), count, 8)
+        x = x + self.attn(x, x, x, need_weights=False)[0]
+        return x + self.mlp(x)
+
+
+class Denoiser(nn.Module):
+    """Two blocks on the image, with registers before it or the number of its tokens beside it."""
+
+    def __init__(self, registers: int) -> None:
+        super().__init__()
+        self.blocks, self.registers = nn.ModuleList(Block() for _ in range(2)), nn.Parameter(torch.randn(1, registers, 8))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        registers = self.registers.shape[1]
+        stream = torch.cat([self.registers.expand(len(x), -1, -1), x], dim=1) if registers else x
+        for block in self.blocks:
+            stream = block(stream, -1 if registers else x.shape[1])
+        return stream[:, registers:]
+
+
+@pytest.mark.parametrize("registers", [0, 3])
+@pytest.mark.parametrize("name", ["random", "token_merging"])
+def test_what_baselines_cannot_shorten_is_refused_by_name(name: str, registers: int) -> None:
+    model = Denoiser(registers).eval().requires_grad_(False)
+    plan = dcs.plan(model, {"x": torch.randn(2, 16, 8), "timestep": torch.tensor([3.0, 4.0])})
+    assert len(plan.routed_sites) == 2
+    assert bool(plan.routed_sites[0].staying) == bool(registers) and ("count" in plan.routed_sites[0].aligned) == (not registers)
+    with pytest.raises(ValueError, match=rf"--baseline {name}: blocks\.0 "):
+        baseline(name, model, plan, 0.3, seed=0)
+    assert baseline("dense", model, plan, 0.3, seed=0).model is model
 
 
 def test_psnr_counts_only_what_the_mask_shows() -> None:

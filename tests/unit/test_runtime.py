@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 import diffcr_surgery as dcs
-from diffcr_surgery.errors import AlignmentError, ConversionError, NonFiniteError, NoRoutableBlockError
+from diffcr_surgery.errors import AlignmentError, ConversionError, NoRoutableBlockError
 from diffcr_surgery.samples import find_splitting
 from diffcr_surgery.trace.key import bind_call
 from tests.models import CASES, Size, output
@@ -138,7 +138,7 @@ def test_graphs_are_kept_by_call_and_dropped_by_copies():
         assert torch.equal(twin(**inputs()), model(**inputs()))
 
 
-def test_settings_keep_the_table_in_single_precision():
+def test_a_cast_keeps_the_table_in_single_precision():
     model = converted(ratio=0.25).bfloat16()
     assert dcs.ratio_table(model).dtype == torch.float32
     assert model.diffcr.routers["0"].weight.dtype == torch.bfloat16
@@ -232,7 +232,7 @@ def test_a_call_that_cannot_be_aligned_is_refused_each_time(batch):
 
     model = converted(Model())
     for _ in range(2):
-        with pytest.raises(AlignmentError, match="was planned as routed"):
+        with pytest.raises(AlignmentError, match=r"blocks\.0 \(Positions\).*was planned as routed"):
             model(**inputs(batch), counted=True)
     model(**inputs(batch))
     model(**inputs(batch, tokens=1))
@@ -252,55 +252,12 @@ def test_budget_loss_counts_what_a_step_pushed_below_zero_as_zero():
     assert float(dcs.ratio_table(model).detach().mean()) == pytest.approx(0.05, abs=1e-3)
 
 
-def test_a_ratio_that_is_no_number_names_its_site():
-    model = converted()
-    with torch.no_grad():
-        dcs.ratio_table(model)[1, 0] = float("nan")
-    with pytest.raises(NonFiniteError, match=r"blocks\.1"):
-        model(**inputs())
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_scores_that_are_no_number_name_their_site(training, poison):
-    """Whether the router is broken or the tokens are, no top-k is taken over NaN in silence."""
-    model = converted(initial_ratio=0.5).train(training)
-    with torch.no_grad():
-        model.diffcr.routers["1"].weight[0, 0] = poison
-    with pytest.raises(NonFiniteError, match=r"The router of blocks\.1 gives"):
-        model(**inputs())
-    with torch.no_grad():
-        model.diffcr.routers["1"].weight.zero_()
-    model(**inputs())
-    broken = inputs()
-    next(t for t in broken.values() if t.is_floating_point() and t.ndim > 1)[0, 0] = poison
-    with pytest.raises(NonFiniteError, match=r"The router of blocks\.0 gives"):
-        model(**broken)
-
-
 def test_blocks_can_be_left_out():
     plan = dcs.plan(Denoiser(3), inputs(), dcs.DiffCRConfig(blocks=r"blocks\.[12]"))
     assert [site.path for site in plan.routed_sites] == ["blocks.1", "blocks.2"]
     assert "left out by blocks=" in plan.sites[0].reason
     with pytest.raises(NoRoutableBlockError, match="left out by"):
         dcs.plan(Denoiser(), inputs(), dcs.DiffCRConfig(blocks="none"))
-
-
-class Window(Block):
-    """A block that is a set of tokens at one size and works in windows at another."""
-
-    def forward(self, x, c):
-        if x.shape[1] == 12:
-            return super().forward(x.roll(1, 1) * torch.linspace(0, 1, 12)[None, :, None], c)
-        return super().forward(x, c)
-
-
-def test_arguments_that_cannot_be_routed_after_all_are_refused():
-    model = Denoiser()
-    model.blocks[0].__class__ = Window
-    converted(model, ratio=0.5)
-    with pytest.raises(AlignmentError, match=r"blocks\.0 \(Window\)"):
-        model(**inputs(tokens=12))
 
 
 def test_frozen_ratios_are_uniform_mixture_of_depths():

@@ -14,7 +14,7 @@ from torch import nn
 import diffcr_surgery as dcs
 from diffcr_surgery import save
 from diffcr_surgery.errors import AdapterError
-from tests.unit.test_optimizer import Denoiser, converted, inputs
+from tests.small import Denoiser, converted, inputs
 
 
 class Killed(BaseException):

@@ -217,10 +217,6 @@ def test_a_row_for_all_samples_is_shared_and_a_row_for_each_is_not(rows: int) ->
     assert find(x=TOKENS, layers=[TOKENS[:rows]]).shared == (frozenset({"layers.0", "layers"}) if rows == 1 else frozenset({"layers"}))
 
 
-def test_one_sample_tells_by_length_alone() -> None:
-    assert find(1, x=TOKENS[:1], ids=torch.arange(3), words=["a"]) == Splitting(frozenset({"ids"}), None)
-
-
 class Mixing(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x - x.mean(0)
@@ -254,6 +250,15 @@ class Counting(nn.Module):
         return x, x.sum()
 
 
+class Timed(nn.Module):
+    """As a converted model inside does that is called without its timestep."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) < 3:
+            raise TimestepError("this call gives no timestep")
+        return x
+
+
 @pytest.mark.parametrize(
     ("model", "inputs", "text"),
     [
@@ -261,8 +266,9 @@ class Counting(nn.Module):
         (Counting(), {"x": TOKENS}, "output '1' has no batch axis"),
         (Reader(), {"x": TOKENS.repeat(2, 1, 1)}, "none of its inputs can be split into samples"),
         (Stacking(), {"x": TOKENS, "layers": TOKENS[None] * torch.ones(2, 1, 1, 1)}, "one sample alone made the model raise RuntimeError"),
+        (Timed(), {"x": TOKENS}, "one sample alone made the model raise TimestepError: this call gives no timestep"),
     ],
-    ids=["mixing", "counting", "packed", "second axis"],
+    ids=["mixing", "counting", "packed", "second axis", "a timestep error"],
 )
 def test_models_whose_samples_cannot_run_alone(model: nn.Module, inputs: dict[str, Any], text: str) -> None:
     assert text in find(model=model, **inputs).refusal

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import diffcr_surgery as dcs
-from tests.unit.test_optimizer import LAYERS, REGIONS, converted, give
+from tests.small import LAYERS, REGIONS, converted, give
 
 
 @pytest.mark.parametrize("earlier", [0, 1], ids=["first step", "second step"])

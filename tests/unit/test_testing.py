@@ -125,6 +125,15 @@ class Picky(nn.Module):
         return x * mask[..., None]
 
 
+class Curt(nn.Module):
+    """Takes six tokens, and of any other number only says that something is wrong."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] != 6:
+            raise ValueError
+        return 2 * x
+
+
 @pytest.mark.parametrize(
     ("block", "inputs", "axes", "text"),
     [
@@ -133,8 +142,9 @@ class Picky(nn.Module):
         (Telling(), {"x": torch.randn(2, 6, 4)}, {"x": "b n c"}, "with the tokens permuted, its output 1 changes by .*, and should not"),
         (Summing(), {"x": torch.randn(2, 6)}, {"x": "b n c"}, r"writes 'b n c' for 'x', which has the shape \(2, 6\)"),
         (nn.Flatten(0, 1), (torch.randn(2, 6, 4),), {"input": "b n c"}, "none of its outputs has the form"),
+        (Curt(), {"x": torch.randn(2, 6, 4)}, {"x": "b n c"}, "the block raises ValueError on permuted or on fewer tokens"),
     ],
-    ids=["as many as ever", "no stream", "another output", "other axes", "positional"],
+    ids=["as many as ever", "no stream", "another output", "other axes", "positional", "no words"],
 )
 def test_blocks_that_are_no_sets(block: nn.Module, inputs: Any, axes: dict[str, str], text: str) -> None:
     with pytest.raises(dt.LawError, match=text):

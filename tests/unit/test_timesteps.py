@@ -257,7 +257,7 @@ def test_models_without_timestep_need_a_range_or_one_region() -> None:
 
 
 def test_named_argument_that_the_example_leaves_out_needs_a_range() -> None:
-    with pytest.raises(TimestepError, match="set timestep_range"):
+    with pytest.raises(TimestepError, match="from the example t=None: set timestep_range"):
         settle({"t": None}, timestep_argument="t")
     assert settle({"t": None}, timestep_argument="t", timestep_range=(0, 1)) == TimestepRegions(4, "t", 0.0, 1.0)
 

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from baselines import token_merging as merging
-from torch import Tensor, nn
+from torch import Tensor
 
 import diffcr_surgery as dcs
 from diffcr_surgery.bench.hooks import Shortening
 from diffcr_surgery.tokens import kept_count
+from tests.small import WIDTH, TableModel
 
 SIDE = 6
 TOKENS = SIDE**2
@@ -70,38 +71,10 @@ def test_equal_tokens_merge_without_loss():
     torch.testing.assert_close(merging.unmerge(merging.merge(tokens, matching), matching), tokens)
 
 
-class Model(nn.Module):
-    """Two blocks that add a table of positions, shared by the batch, and mix tokens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
-        self.table = nn.Parameter(torch.randn(TOKENS + 1, 16))
-
-    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x, positions=self.table[1:])
-        return x
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attn = nn.MultiheadAttention(16, 2, batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
-        self.seen: list[tuple[Tensor, Tensor]] = []
-
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        self.seen.append((x.detach(), positions.detach()))
-        y = x + positions
-        x = x + self.attn(y, y, y, need_weights=False)[0]
-        return x + self.mlp(x)
-
-
 @torch.no_grad()
 def test_tables_by_token_follow_the_tokens_that_remain():
-    model = Model().eval()
-    inputs = {"x": torch.randn(2, TOKENS, 16), "timestep": torch.tensor([3, 3])}
+    model = TableModel(TOKENS, shared=True).eval()
+    inputs = {"x": torch.randn(2, TOKENS, WIDTH), "timestep": torch.tensor([3, 3])}
     plan = dcs.plan(model, inputs)
     assert "positions" in plan.routed_sites[0].aligned
     merging.attach(model, plan, 0.5)
@@ -111,14 +84,14 @@ def test_tables_by_token_follow_the_tokens_that_remain():
     matching = matched(inputs["x"], 0.5, shared=True)
     tokens, positions = model.blocks[0].seen[0]
     assert torch.equal(tokens, merging.merge(inputs["x"], matching))
-    assert torch.equal(positions, model.table[1:][matching.order[0]])
-    assert out.shape == (2, TOKENS, 16)
+    assert torch.equal(positions, model.table[matching.order[0]])
+    assert out.shape == (2, TOKENS, WIDTH)
     assert [len(block.seen[0][1]) for block in model.blocks] == [TOKENS // 2] * 2
 
 
 def test_more_than_the_sources_cannot_be_merged():
-    model = Model().eval()
-    plan = dcs.plan(model, {"x": torch.randn(2, TOKENS, 16), "timestep": torch.tensor([3, 3])})
+    model = TableModel(TOKENS, shared=True).eval()
+    plan = dcs.plan(model, {"x": torch.randn(2, TOKENS, WIDTH), "timestep": torch.tensor([3, 3])})
     with pytest.raises(ValueError, match=r"ratio 0\.8 is more than token merging can do: at most 0\.75 of 36 tokens are sources"):
         merging.attach(model, plan, 0.8)
     assert not model.blocks[0]._forward_hooks

@@ -117,7 +117,7 @@ NO_DENOISERS = {
     "MiniMaxMusic3RVQDepthDecoder": "an autoregressive language model over codebooks: no noise, no timestep",
 }
 
-# The same for the hand-written models.
+# As `SITES`, for the hand-written models.
 HAND_WRITTEN = {
     "AddcmulDiT": "4 ParallelBlock 20+0",
     "DataclassDiT": "3 _DiTBlock 20+0",

@@ -1,6 +1,6 @@
 """Every transformer denoiser of the installed diffusers through the whole contract, at a tiny size and with weights that hide nothing.
 
-The table below says what a plan has to find: block class, how many of them are routed, tokens that may bypass, and tokens in the same
+`table.py` says what a plan has to find: block class, how many of them are routed, tokens that may bypass, and tokens in the same
 stream that never do (text, registers, conditions). A class that diffusers adds fails `test_every_class_is_in_the_zoo` until it is here.
 """
 

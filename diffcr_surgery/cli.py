@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -26,9 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
-    except ConfigError as error:
-        return _fail(str(error))
+        try:
+            run = options.prepare(options)
+        except ConfigError as error:  # of an option; one that comes later is not the user's
+            return _fail(str(error))
+        run()
     except ModuleNotFoundError as error:
         library = (error.name or "").partition(".")[0]
         if library not in _EXTRAS:
@@ -50,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for pictures, adapter and report")
     demo.add_argument("--quick", action="store_true", help="under a minute; trains too little for legible digits")
     demo.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything that is random (default: 0)")
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(prepare=_demo)
     bench = commands.add_parser(
         "bench",
         help="measure what routing gains on a model of real size",
@@ -69,19 +72,19 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--rounds", type=int, default=9, metavar="K", help="how often each side is timed (default: 9)")
     bench.add_argument("--break-even", action="store_true", help="look for the number of tokens from which routing pays")
     bench.add_argument("--baseline", type=Path, metavar="PATH", help="where recipes/baselines/token_merging.py is")
-    bench.set_defaults(run=_bench)
+    bench.set_defaults(prepare=_bench)
     return parser
 
 
-def _demo(options: argparse.Namespace) -> None:
+def _demo(options: argparse.Namespace) -> Callable[[], object]:
     # Imported here, so that `--help` neither waits for these libraries nor needs them.
     from diffcr_surgery.demo.run import run_demo
 
     _make_folder(options.out)  # before the minutes of training, not after
-    run_demo(options.out, quick=options.quick, seed=options.seed)
+    return partial(run_demo, options.out, quick=options.quick, seed=options.seed)
 
 
-def _bench(options: argparse.Namespace) -> None:
+def _bench(options: argparse.Namespace) -> Callable[[], object]:
     from diffcr_surgery.bench.run import BASELINE, Settings, run_bench
 
     settings = Settings(
@@ -98,7 +101,7 @@ def _bench(options: argparse.Namespace) -> None:
         baseline=options.baseline or BASELINE,
     )
     _make_folder(options.out)
-    run_bench(settings, options.out)
+    return partial(run_bench, settings, options.out)
 
 
 def _make_folder(out: Path) -> None:

@@ -28,7 +28,7 @@ MOVES = frozenset(
     cat concat concatenate stack getitem reshape view flatten unflatten permute transpose swapaxes swapdims movedim t chunk split
     split_with_sizes tensor_split unbind narrow select pad expand expand_as repeat repeat_interleave tile squeeze unsqueeze flip roll
     contiguous clone detach pad_sequence view_as reshape_as broadcast_to hstack vstack T mT H mH setitem copy index_select gather
-    take_along_dim index_copy index_put scatter where
+    take_along_dim index_copy index_put scatter where adjoint data
     """.split()
 )
 
@@ -246,7 +246,7 @@ def _holds(node: fx.Node, sources: set[fx.Node]) -> bool:
 _KEEPS_ZERO = frozenset(
     """
     imul div to type float half bfloat16 contiguous clone dropout getitem view reshape flatten unflatten permute transpose movedim
-    T mT squeeze unsqueeze narrow
+    T mT H mH adjoint data squeeze unsqueeze narrow
     """.split()
 )
 

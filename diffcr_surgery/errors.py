@@ -46,6 +46,12 @@ class TimestepError(SurgeryError, ValueError):
     """The timestep argument or its range is unknown, or a timestep lies outside the range."""
 
 
+class CannotCutError(TimestepError):
+    """The samples of a call lie in several regions, so that it would have to be cut, and it cannot be; ``why`` tells the reason."""
+
+    why: str
+
+
 class ConversionError(SurgeryError, RuntimeError):
     """The model is in the wrong state for the call: converted already, not converted, or specialised."""
 

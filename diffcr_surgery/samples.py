@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 from diffcr_surgery._tree import flatten, map_leaves, map_tensors
 from diffcr_surgery.align.proof import tolerance
 from diffcr_surgery.caches import is_quantized
-from diffcr_surgery.split import CannotCutError, Splitting, join, places, rows_of, select
+from diffcr_surgery.errors import CannotCutError
+from diffcr_surgery.split import Splitting, join, places, rows_of, select
 from diffcr_surgery.trace.key import Call, copies, model_device
 from diffcr_surgery.trace.perturb import generator
 from diffcr_surgery.trace.recorder import writes
@@ -54,9 +55,10 @@ class _Awake(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") not in _STORES and not writes(func, kwargs):
+        written = {"out": kwargs["out"]} if "out" in kwargs else {}
+        if getattr(func, "__name__", "") not in _STORES and not writes(func, {**kwargs, "out": None}):
             args, kwargs = map_tensors((args, kwargs), self._awake)
-        return func(*args, **kwargs)
+        return func(*args, **kwargs | written)
 
     def _awake(self, tensor: Tensor) -> Tensor:
         noise = self.noise.get(id(tensor))

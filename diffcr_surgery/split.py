@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffcr_surgery._tree import flatten, map_leaves
-from diffcr_surgery.errors import TimestepError
+from diffcr_surgery.errors import CannotCutError
 from diffcr_surgery.trace.key import Call
 
 __all__ = ["CannotCutError", "Splitting", "join", "kind_of_call", "places", "refused", "rows_of", "select"]
@@ -38,12 +38,6 @@ def kind_of_call(call: Call, batch: int) -> frozenset[tuple[str, bool]]:
     """Return which arguments a call of ``batch`` samples gives, and whether each tensor and list in them has an entry for every sample."""
     names = {(name, False) for name, value in call.arguments.items() if value is not None}
     return frozenset(names | {(path, len(value) == batch) for path, value in places(call.arguments).items()})
-
-
-class CannotCutError(TimestepError):
-    """A call would have to be cut into samples and cannot; ``why`` tells the reason."""
-
-    why: str
 
 
 def refused(why: str) -> CannotCutError:

@@ -133,15 +133,21 @@ _UNDECIDED = (
 )
 
 
+_OTHER_SAMPLE = (
+    "one of its outputs may have the samples on another axis than the stream has, and the block runs on no other first sample, which "
+    "would tell"
+)
+
+
 class _Trial:
     """The search over one block's arguments."""
 
-    def __init__(self, subject: Subject, raw: dict[str, str], numbers: dict[str, tuple[str, Any]], batches: Mapping[str, int]) -> None:
+    def __init__(self, subject: Subject, raw: dict[str, str], numbers: dict[str, tuple[str, Any]], batch_axes: Mapping[str, int]) -> None:
         self.subject = subject
         self.raw = raw
         self.names = {path: name for name, path in raw.items()}
         self.numbers = numbers
-        self.batches = batches
+        self.batch_axes = batch_axes
         self.mixed: dict[tuple[str, int], bool] = {}
         self.shared: dict[tuple[str, int, int, int | None], bool] = {}
         self.undecided: tuple[int, ...] = ()
@@ -201,7 +207,9 @@ class _Trial:
         return index, [i for i in self.subject.read if self.subject.baseline[i].shape == shape]
 
     def _proven(self, name: str, assignment: dict[str, str], stream: Stream, output: int, error: float) -> Alignment:
-        batches = self.subject.batches(stream.index, stream.batch) if stream.batch else {}
+        batches = self.subject.batches(stream, output)
+        if batches is None:
+            return Alignment(False, _OTHER_SAMPLE)
         return Alignment(
             True,
             f"proven, error {error:.0e}",
@@ -228,9 +236,9 @@ class _Trial:
                 self.mixed[name, each] = any(self.subject.mixes(index, output, each) for output in outputs)
             if self.mixed[name, each]:
                 return each == axis
-        if name not in self.batches:
+        if name not in self.batch_axes:
             self.undecided = tuple(shape)
-        return self.batches.get(name, axis) != axis
+        return self.batch_axes.get(name, axis) != axis
 
     def moves_several(self, name: str, mark: Tensor) -> list[str]:
         """Return the outputs that all move with the tokens of a block that could not be routed, if that is what stands in the way."""

@@ -84,7 +84,7 @@ class Layouts:
         if node.target in (operator.getitem, getattr) and node.args[0] in self._calls:
             return True
         name = function_of(node)
-        return node not in self._calls and name != "einsum" and (name not in MOVES or name in ("clone", "contiguous", "detach"))
+        return node not in self._calls and name != "einsum" and (name not in MOVES or name in ("clone", "contiguous", "detach", "data"))
 
     def _axis_of_samples(self, stream: fx.Node, mark: Tensor) -> int | None:
         latent = latent_inputs(self._graph)

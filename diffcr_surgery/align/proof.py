@@ -200,19 +200,26 @@ class Subject:
         first.copy_(_shaken(first, generator(seed), upcast=False))  # not shifted: a norm takes the same amount off every channel again
         return self.on(tensors)
 
-    def batches(self, stream: int, axis: int) -> dict[int, int]:
-        """Return each output whose batch axis is not the stream's -> that axis, told by what changing the first sample changes."""
-        other = self._with_other(stream, axis, 1, seed=0)
-        if other is None:
+    def batches(self, stream: Stream, output: int) -> dict[int, int] | None:
+        """Return each output whose batch axis is not the stream's -> that axis, told by what changing the first sample changes.
+
+        ``None`` where the block takes no other first sample, so that it cannot be told.
+        """
+        if not stream.batch:
             return {}
-        samples, found = self.tensors[stream].shape[axis], {}
-        for i in self.read:
+        samples = self.tensors[stream.index].shape[stream.batch]
+        unsure = [i for i in self.read if i != output and self.baseline[i].shape[:1] == (samples,)]
+        if not unsure:
+            return {}
+        other = next(filter(None, (self._with_other(stream.index, stream.batch, 1, seed) for seed in range(4))), None)
+        if other is None:
+            return None
+
+        def of_samples(i: int, axis: int) -> bool:
             differs = other.baseline[i] != self.baseline[i]
-            axes = [at for at in (axis, 0) if at < differs.ndim and differs.shape[at] == samples]
-            own = next((at for at in axes if not bool(differs.narrow(at, 1, samples - 1).any())), None)
-            if own is not None and own != axis:
-                found[i] = own
-        return found
+            return axis < differs.ndim and differs.shape[axis] == samples and not bool(differs.narrow(axis, 1, samples - 1).any())
+
+        return {i: 0 for i in unsure if not of_samples(i, stream.batch) and of_samples(i, 0)}
 
     @torch.no_grad()
     def run(self, patterns: dict[str, str], stream: Stream, kept: Tensor, counts: dict[str, int] | None = None) -> list[Tensor]:
@@ -258,11 +265,11 @@ def _causal_flags(block: nn.Module, template: Any, tensors: list[Tensor]) -> dic
     try:
         _, flagged = _call(twin, template, [t.clone() for t in tensors])
         _, masked = _call(twin, without, [t.clone() for t in tensors])
+        same = all(_gap(a, b) <= tolerance(a) for a, b in zip(masked, flagged, strict=True))
     except OUT_OF_MEMORY:
         raise
     except Exception:  # a mask that does not fit, say; such a block is tried with its flags as they are
         return {}
-    same = all(_gap(a, b) <= tolerance(a) for a, b in zip(masked, flagged, strict=True))
     return found if same else {}
 
 

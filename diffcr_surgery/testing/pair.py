@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffcr_surgery._tree import flatten, map_leaves
+from diffcr_surgery._tree import flatten, map_leaves, map_tensors
 from diffcr_surgery.config import DiffCRConfig
 from diffcr_surgery.plan import SurgeryPlan
 from diffcr_surgery.runtime.convert import convert_, ratio_table, restore_, state_of
@@ -56,7 +56,7 @@ class Pair:
         unnamed = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL)]
         if unnamed:
             raise ValueError(f"{type(model).__name__}.forward takes {unnamed} by position alone; the laws call a model by names.")
-        inputs = map_leaves(inputs, lambda _, leaf: _raised(leaf) if isinstance(leaf, Tensor) else leaf)
+        inputs = map_tensors(inputs, _raised)
         _wake(converted, seed)
         original = copy.deepcopy(converted)
         if hasattr(model, "diffcr"):
@@ -203,7 +203,7 @@ def differentiate(model: nn.Module, inputs: Any) -> tuple[Any, dict[str, Tensor]
         torch.stack([loss.float() for loss in losses]).sum().backward()  # type: ignore[no-untyped-call]
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    return map_leaves(output, lambda _, leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf), gradients
+    return map_tensors(output, Tensor.detach), gradients
 
 
 def projections(outputs: Sequence[Tensor]) -> list[Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffcr_surgery._tree import flatten, map_leaves
+from diffcr_surgery._tree import flatten, map_leaves, map_tensors
 from diffcr_surgery.align import align_block
 from diffcr_surgery.axes import parse_axes
 from diffcr_surgery.detect import named_leaves
@@ -76,7 +76,7 @@ class _Trial:
         self.block = _shaken_block(block)
         block = copy.deepcopy(block).cpu()
         given = ((), dict(inputs)) if isinstance(inputs, Mapping) else (inputs, {})
-        args, kwargs = map_leaves(given, lambda _, leaf: leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf)
+        args, kwargs = map_tensors(given, lambda tensor: tensor.detach().cpu())
         self.original, self.raw = block, (args, kwargs)
         self.given = self._bearable((args, kwargs))
         self.named = named_leaves(self.block, self.given[0], self.given[1], Tensor)

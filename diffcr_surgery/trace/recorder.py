@@ -13,7 +13,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from enum import Enum
 from functools import lru_cache
 from typing import Any
@@ -225,11 +225,15 @@ class Recorder(TorchFunctionMode):
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:
-        with ExitStack() as handles:
+        handles = []
+        try:
             for module in self._modules:
-                handles.enter_context(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
-                handles.enter_context(module.register_forward_hook(self._leave, with_kwargs=True))
+                handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
+                handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
             yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     # Torch calls a hook without its last argument in a thread that comes by while the hook is being put on or taken off.
     def _enter(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -106,7 +106,11 @@ def _sampling(samples: dict[Hashable, BlockSample], places: dict[Hashable, Place
 
         return hook
 
-    with ExitStack() as handles:
+    handles = []
+    try:
         for module, wanted in kinds.items():
-            handles.enter_context(module.register_forward_pre_hook(keep(wanted), prepend=True, with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(keep(wanted), prepend=True, with_kwargs=True))
         yield
+    finally:
+        for handle in handles:
+            handle.remove()

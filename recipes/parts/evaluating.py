@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from baselines import random_tokens, token_merging
+from baselines.random_tokens import STREAM
 from datasets import load_dataset
 from diffusers import DiffusionPipeline
 from einops import rearrange
@@ -28,10 +29,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import diffcr_surgery as dcs
+from diffcr_surgery.bench.hooks import stream_of
 from diffcr_surgery.bench.measure import count_flops, peak_bytes, seconds_in_turns
 from diffcr_surgery.demo.data import load_splits
 from diffcr_surgery.demo.diffusion import sample
 from diffcr_surgery.demo.run import new_denoiser
+from diffcr_surgery.plan import BlockSite
 from diffcr_surgery.tokens import kept_count
 
 __all__ = ["BASELINES", "Arm", "Cost", "Demo", "Pipeline", "Subject", "baseline", "costs", "twin"]
@@ -85,9 +88,11 @@ def twin(dense: nn.Module) -> nn.Module:
     return copy.deepcopy(dense, {id(tensor): tensor for tensor in itertools.chain(dense.parameters(), dense.buffers())})
 
 
-def _is_number(axes: str) -> bool:
-    """Tell whether what moves with the tokens is no tensor: their number, or a flag that they are causal."""
-    return axes == "off" or axes.startswith("#")
+def _is_plain(site: BlockSite, tokens: int) -> bool:
+    """Tell whether a block is given nothing that baselines do not know: one stream of so many tokens, all of which may bypass."""
+    numbers = [axes for axes in site.aligned.values() if axes == "off" or axes.startswith("#")]  # their number, or a flag
+    stream, _ = stream_of(site)
+    return not site.staying and not numbers and site.aligned[stream] == STREAM and site.tokens == tokens
 
 
 def baseline(name: str, dense: nn.Module, plan: dcs.SurgeryPlan, ratio: float, seed: int) -> Arm:
@@ -98,11 +103,11 @@ def baseline(name: str, dense: nn.Module, plan: dcs.SurgeryPlan, ratio: float, s
     """
     if name == "dense":
         return Arm(name, dense, 0.0)
-    odd = next((site.path for site in plan.routed_sites if site.staying or any(map(_is_number, site.aligned.values()))), None)
+    odd = next((site.path for site in plan.routed_sites if not _is_plain(site, plan.routed_sites[0].tokens)), None)
     if odd is not None:
         raise ValueError(
-            f"--baseline {name}: {odd} is given tokens that never bypass, or a number that counts tokens; baselines know only streams "
-            f"that bypass whole. Leave {name} out."
+            f"--baseline {name}: {odd} is given tokens that never bypass, a number that counts tokens, or a stream that is not `b n c` of "
+            f"the first block's length; baselines know only streams that bypass whole. Leave {name} out."
         )
     model = twin(dense)
     if name == "random":

@@ -266,6 +266,16 @@ def test_a_block_that_cannot_take_another_first_sample_is_proven_all_the_same():
     assert found.routable and found.batches == {}
 
 
+class AlikeWithMeans(Alike):
+    def forward(self, x):
+        return super().forward(x), x.mean(0)
+
+
+def test_an_output_whose_samples_cannot_be_found_leaves_the_block_dense():
+    found = align(AlikeWithMeans(), rand(6, 1, WIDTH).repeat(1, 2, 1), hint={"x": "n b c"}, search=False)
+    assert not found.routable and "may have the samples on another axis" in found.reason
+
+
 class Drawing(Base):
     def forward(self, x, **_):
         return self.finish(x, self.attend(x) + 0 * torch.rand(1))

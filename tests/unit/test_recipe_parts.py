@@ -23,6 +23,8 @@ from parts.tiny import captioned_photographs, tiny_pixart
 from torch import Tensor, nn
 
 import diffcr_surgery as dcs
+from diffcr_surgery.testing.denoisers import Architecture
+from diffcr_surgery.testing.denoisers import Denoiser as DrawnDenoiser
 from tests.pipelines import save_pipeline
 
 CALL = {"height": 32, "width": 32, "guidance_scale": 1.0, "use_resolution_binning": False, "clean_caption": False}
@@ -241,6 +243,13 @@ def test_what_baselines_cannot_shorten_is_refused_by_name(name: str, registers: 
     with pytest.raises(ValueError, match=rf"--baseline {name}: blocks\.0 "):
         baseline(name, model, plan, 0.3, seed=0)
     assert baseline("dense", model, plan, 0.3, seed=0).model is model
+
+
+def test_a_stream_with_tokens_first_is_none_that_baselines_know() -> None:
+    model = DrawnDenoiser(Architecture(layout="n b c"), 0)
+    plan = dcs.plan(model, {"latent": torch.randn(2, 5, 4)})
+    with pytest.raises(ValueError, match=r"--baseline random: blocks\.0 .*`b n c`"):
+        baseline("random", model, plan, 0.3, seed=0)
 
 
 def test_psnr_counts_only_what_the_mask_shows() -> None:

@@ -217,7 +217,7 @@ def test_a_call_that_cannot_be_aligned_is_refused_each_time(batch):
 
     class Positions(Block):
         def forward(self, x, c, counted=False):
-            return super().forward(x + torch.arange(x.shape[1])[:, None] / 10 if counted else x, c)
+            return super().forward(x + torch.arange(x.shape[1])[:, None] / 10 if counted or x.shape[1] == 12 else x, c)
 
     class Model(Denoiser):
         def __init__(self):
@@ -234,6 +234,8 @@ def test_a_call_that_cannot_be_aligned_is_refused_each_time(batch):
     for _ in range(2):
         with pytest.raises(AlignmentError, match=r"blocks\.0 \(Positions\).*was planned as routed"):
             model(**inputs(batch), counted=True)
+        with pytest.raises(AlignmentError, match=r"blocks\.0 \(Positions\).*was planned as routed"):
+            model(**inputs(batch, tokens=12))  # proven at another length
     model(**inputs(batch))
     model(**inputs(batch, tokens=1))
 

@@ -233,7 +233,16 @@ class Gated(nn.Module):
         return x + x.mean(0, keepdim=True) * self.read(self.gate)
 
 
-@pytest.mark.parametrize("read", [lambda gate: gate, lambda gate: gate[0], lambda gate: 1 - (1 - gate), lambda gate: gate.sum(0)])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda gate: gate,
+        lambda gate: gate[0],
+        lambda gate: 1 - (1 - gate),
+        lambda gate: gate.sum(0),
+        lambda gate: torch.mul(gate, 1.0, out=torch.empty(1, 4)),
+    ],
+)
 def test_closed_gates_hide_nothing(read: Callable[[Tensor], Tensor]) -> None:
     assert "one sample alone gave another output" in find(model=Gated(read), x=TOKENS).refusal
 

@@ -209,7 +209,7 @@ def _check_blocks(value: Any) -> None:
     try:
         if value is not None and not problem:
             re.compile(value)
-    except (re.error, ValueError, OverflowError, RecursionError) as error:
+    except (re.error, ValueError, OverflowError, RecursionError, FutureWarning) as error:  # the last where warnings are errors
         problem = f" ({shown(str(error))})"
     if problem:
         raise ConfigError(f"blocks={shown(value)}{problem}: expected a regular expression for qualified block names, or None.")

@@ -275,4 +275,6 @@ def _read_config(folder: Path, settings: dict[str, Any]) -> DiffCRConfig:
         settled = {"timestep_argument": argument, "timestep_range": [regions["low"], regions["high"]]}
         return DiffCRConfig.from_dict(settings["config"] | settled)
     except (ConfigError, KeyError, TypeError) as error:
-        raise AdapterError(f"{folder / SETTINGS} holds settings that cannot be used: {error}. Save the adapter anew.") from error
+        raise AdapterError(
+            f"{folder / SETTINGS} holds settings that cannot be used: {str(error).rstrip('.')}. Save the adapter anew."
+        ) from error

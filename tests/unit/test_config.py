@@ -42,7 +42,7 @@ WRONG = [
     *each("gate", "expected one of 'doubled_sigmoid', 'straight_through', 'sigmoid'", "relu", None, 1, ["sigmoid"]),
     *each("branches", "expected one of 'two'", "three", 2, None),
     *each("cost", "expected one of 'tokens'", "seconds", None),
-    *each("blocks", "regular expression", "(", "*", 3, b"blocks", ["blocks"]),
+    *each("blocks", "regular expression", "(", "*", "[[a]", 3, b"blocks", ["blocks"]),
     *each("learn_ratios", "True or False", 0, 1, "false", None),
     *each("target_share", r"expected a number in \[0, 1\]", -0.1, 1.5, NAN, "0.8", True),
     *each("share_routing", "whole number of at least 1", 0, -1, 2.0, "2", True, None),

@@ -246,9 +246,16 @@ class AlwaysCausal(Base):
         return self.finish(x, self.attend(x, mask=torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()))
 
 
-def test_a_block_that_insists_on_its_causal_flag_is_refused():
+class MoreUnlessCausal(Base):
+    def forward(self, x, is_causal):
+        y = self.finish(x, self.attend(x, mask=torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()))
+        return y if is_causal else (y, y)
+
+
+@pytest.mark.parametrize("block", [AlwaysCausal(), MoreUnlessCausal()])
+def test_a_block_that_insists_on_its_causal_flag_is_refused(block):
     marks = {"x": torch.ones(2, 6, dtype=torch.bool)}
-    found = align_block(BlockSample(AlwaysCausal(), (rand(2, 6, WIDTH),), {"is_causal": True}), marks)
+    found = align_block(BlockSample(block, (rand(2, 6, WIDTH),), {"is_causal": True}), marks)
     assert not found.routable and "tokens are no set" in found.reason
 
 

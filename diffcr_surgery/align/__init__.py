@@ -131,12 +131,7 @@ _UNDECIDED = (
     "it mixes nothing along either axis of its stream {}, nor does another block on that stream, so that tokens cannot be told from "
     "samples: there may be a single token alone, or attention to other tokens only; declare its axes by a BlockPattern"
 )
-
-
-_OTHER_SAMPLE = (
-    "one of its outputs may have the samples on another axis than the stream has, and the block runs on no other first sample, which "
-    "would tell"
-)
+_OTHER_SAMPLE = "an output may have the samples on another axis, and no other first sample, which would tell, runs; plan with other samples"
 
 
 class _Trial:

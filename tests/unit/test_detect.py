@@ -95,12 +95,13 @@ def written_into_zeros(self: Denoiser, x: Tensor, text: Tensor, _: Any) -> Tenso
 
 def written_through_a_view(self: Denoiser, x: Tensor, text: Tensor, _: Any) -> Tensor:
     y = self.embed(torch.cat([x[:, : text.shape[1]], x], 1))
-    y[:, : text.shape[1]].copy_(text)
+    y[:, :1].copy_(text[:, :1])
+    y.data[:, 1 : text.shape[1]] = text[:, 1:]
     return self.through(y)[:, text.shape[1] :]
 
 
 def turned_over(self: Denoiser, x: Tensor, text: Tensor, _: Any) -> Tensor:
-    return self.through(torch.cat([self.embed(text).mT, self.embed(x).mT], 2).mT)[:, text.shape[1] :]
+    return self.through(torch.cat([self.embed(text).mT, self.embed(x).mH], 2).adjoint())[:, text.shape[1] :]
 
 
 def padded(self: Denoiser, x: Tensor, text: Tensor, _: Any) -> Tensor:

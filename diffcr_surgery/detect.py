@@ -327,6 +327,10 @@ def _compact(mark: Any) -> Any:
     return mark
 
 
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
+
+
 def _joined(node: fx.Node, sources: list[torch.Tensor]) -> Any:
     """Join marks entry by entry where shapes broadcast, else token by token; a function that does neither spreads the latent everywhere."""
     shape = node.meta.get("shape")
@@ -338,13 +342,12 @@ def _joined(node: fx.Node, sources: list[torch.Tensor]) -> Any:
     made = torch.zeros((*shape[:-1], 1) if narrow else shape, dtype=torch.bool, device="cpu")
     for mark in sources:
         tokens = mark[..., :1] if narrow else mark
-        try:
+        if _broadcasts(tokens.shape, made.shape):
             made |= tokens
-        except RuntimeError:
-            if len(shape) > 1 and mark.shape[:-1] == tuple(shape)[:-1]:
-                made |= mark.any(-1, keepdim=True)
-            else:
-                return _uniform(True, shape)
+        elif len(shape) > 1 and mark.shape[:-1] == made.shape[:-1]:
+            made |= mark.any(-1, keepdim=True)
+        else:
+            return _uniform(True, shape)
     return _compact(made.expand(shape) if narrow else made)
 
 

@@ -17,7 +17,7 @@ from diffcr_surgery.detect import named_leaves
 from diffcr_surgery.patterns import BlockPattern, names_class
 from diffcr_surgery.testing.by_hand import gather
 from diffcr_surgery.testing.compare import LawError, first_difference
-from diffcr_surgery.trace.reference import BlockSample
+from diffcr_surgery.trace.reference import OUT_OF_MEMORY, BlockSample
 
 __all__ = ["check_pattern"]
 
@@ -128,6 +128,8 @@ class _Trial:
         try:
             with torch.no_grad():
                 sound = all(bool(t.isfinite().all()) for t in flatten(self.block(*shaken[0], **shaken[1]))[1])
+        except OUT_OF_MEMORY:
+            raise
         except Exception:  # whatever a block raises at values it cannot take
             sound = False
         return shaken if sound else given
@@ -184,6 +186,8 @@ class _Trial:
         try:
             paths, moved = self._run(declared, orders)
             _, kept = self._run(declared, [torch.arange(self.ahead + (self.tokens - self.ahead + 1) // 2)] * self.samples)
+        except OUT_OF_MEMORY:
+            raise
         except Exception as error:  # a wrong declaration may break the block in any way
             said = str(error).partition("\n")[0][:200]
             return f"the block raises {type(error).__name__} on permuted or on fewer tokens: {said}. "

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 import diffcr_surgery as dcs
 from diffcr_surgery.errors import NoRoutableBlockError
@@ -229,6 +230,20 @@ def test_a_sample_without_an_image_is_named() -> None:
 
     with pytest.raises(NoRoutableBlockError, match="the stream of a sample holds no token that stems from the latent"):
         planned(forward, [draw(TOKENS, WIDTH), draw(0, WIDTH)], [draw(2, WIDTH), draw(5, WIDTH)])
+
+
+def test_a_machine_without_memory_is_no_shape_that_does_not_fit() -> None:
+    failed: list[Any] = []
+
+    class Full(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is Tensor.__ior__ and not failed:  # the first alone, and not what is tried after it
+                failed.append(func)
+                raise torch.OutOfMemoryError("full")
+            return func(*args, **(kwargs or {}))
+
+    with pytest.raises(torch.OutOfMemoryError, match="full"), Full():
+        planned(text_first, X, WORDS)
 
 
 # --- residuals outside the block -------------------------------------------------------------------------------------

@@ -151,6 +151,25 @@ def test_blocks_that_are_no_sets(block: nn.Module, inputs: Any, axes: dict[str, 
         dt.check_pattern(pattern(block, **axes), block, inputs)
 
 
+def test_a_machine_without_memory_says_nothing_about_a_pattern() -> None:
+    left: list[int] = []  # calls until memory is full
+
+    class Large(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            left[0] -= 1
+            if not left[0]:
+                raise torch.OutOfMemoryError("full")
+            return 2 * x
+
+    x = torch.randn(2, 6, 4)
+    left[:] = [10_000]
+    dt.check_pattern(pattern(Large(), x="b n c"), Large(), {"x": x})
+    for calls in range(1, 10_001 - left[0]):
+        left[:] = [calls]
+        with pytest.raises(torch.OutOfMemoryError, match="full"):
+            dt.check_pattern(pattern(Large(), x="b n c"), Large(), {"x": x})
+
+
 def test_an_output_that_changes_its_shape_is_named() -> None:
     block, x = Growing(), torch.randn(1, 6, 4)
     with pytest.raises(dt.LawError, match="its output 1 changes"):

@@ -286,16 +286,21 @@ class Machine(Life):
             assert fewest <= called.get(path, 0) <= most
 
     def runs(self, path: str, spots: list[int]) -> tuple[int, int]:
-        """How often a block may run: once for all samples that share their ratios, and at up to two bins in training."""
+        """How often a block may run: once for all samples that share their ratios, and at up to two bins in training.
+
+        Where samples share a table of positions, as in FLUX, each that keeps other tokens may run by itself.
+        """
         if path == "" or self.status == "plain":
             return 1, 1
         regions = {spot * self.config.timestep_regions // SPOTS for spot in spots}
+        rows = [row for row, site in enumerate(self.model.diffcr.plan.routed_sites) if site.path == path]
+        aligned = [axes for row in rows for axes in self.model.diffcr.plan.routed_sites[row].aligned.values()]
+        apart = any("b" not in axes.split() and axes != "#n" for axes in aligned)
         if self.modes[""] and self.status == "converted":
-            return 1, 2 * len(regions)
+            return 1, 2 * (len(spots) if apart else len(regions))
         ratios = self.model.diffcr.executed_ratios()
         groups = {tuple(ratios[:, region].tolist()) for region in regions}
-        rows = [row for row, site in enumerate(self.model.diffcr.plan.routed_sites) if site.path == path]
-        return sum(not any(group[row] == 1.0 for row in rows) for group in groups), len(groups)
+        return sum(not any(group[row] == 1.0 for row in rows) for group in groups), len(spots) if apart else len(groups)
 
     @rule(spots=batches, others=batches, size=sizes)
     def threads(self, spots: list[int], others: list[int], size: int) -> None:

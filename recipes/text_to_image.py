@@ -31,14 +31,13 @@ from parts.calling import STREAM, TIMESTEP, read_calling, supported_arguments
 from parts.checkpoints import Checkpoints
 from parts.model_card import loading_code, mean_ratio, write_model_card
 from parts.objectives import objective_of
-from parts.pictures import draw_images, draw_ratios
+from parts.pictures import draw_images, draw_ratios, save_image
 from parts.settings import add_diffcr_flags, diffcr_config, new_parser, read_arguments
 from parts.tiny import captioned_photographs, tiny_pixart
 from peft import LoraConfig, get_peft_model
 from rich.progress import Progress
 from torch import Tensor
 from torch.nn import functional
-from torchvision.utils import save_image
 
 import diffcr_surgery as dcs
 

@@ -1,15 +1,17 @@
 """Pictures of the recipes: images side by side, and the ratio table as a heat map."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from einops import rearrange
 from matplotlib.figure import Figure
 from torch import Tensor
 
 import diffcr_surgery as dcs
 
-__all__ = ["draw_images", "draw_ratios"]
+__all__ = ["draw_images", "draw_ratios", "save_image"]
 
 
 def draw_images(columns: Mapping[str, Tensor], size: float = 1.3) -> Figure:
@@ -43,3 +45,9 @@ def draw_ratios(model: Any) -> Figure:
     axes.set_title(f"Share of tokens that bypass, mean {table.mean():.3f}", fontsize=9)
     figure.colorbar(heat, ax=axes)
     return figure
+
+
+def save_image(image: Tensor, path: Path) -> None:
+    """Write an image `c h w` in [0, 1] as a pipeline of diffusers would have given it, rounded halves included."""
+    (picture,) = DiffusionPipeline.numpy_to_pil(rearrange(image, "c h w -> 1 h w c").numpy())
+    picture.save(path)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,16 @@ def images(pipe: Any) -> list[np.ndarray]:
     return [np.asarray(image) for image in pipe(list(PROMPTS), num_inference_steps=4, guidance_scale=4.5, generator=noise, **call).images]
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the recipe's process has; sums over several round otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated:FutureWarning")
 def test_the_adapter_reloads_to_the_same_images(trained: Path) -> None:
     pipe = loaded(trained / "adapter")

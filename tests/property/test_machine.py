@@ -299,8 +299,9 @@ class Machine(Life):
         if self.modes[""] and self.status == "converted":
             return 1, 2 * (len(spots) if apart else len(regions))
         ratios = self.model.diffcr.executed_ratios()
-        groups = {tuple(ratios[:, region].tolist()) for region in regions}
-        return sum(not any(group[row] == 1.0 for row in rows) for group in groups), len(spots) if apart else len(groups)
+        groups = Counter(tuple(ratios[:, spot * self.config.timestep_regions // SPOTS].tolist()) for spot in spots)
+        most = sum(count if apart and any(group[row] for row in rows) else 1 for group, count in groups.items())
+        return sum(not any(group[row] == 1.0 for row in rows) for group in groups), most
 
     @rule(spots=batches, others=batches, size=sizes)
     def threads(self, spots: list[int], others: list[int], size: int) -> None:

@@ -7,19 +7,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.image_processor import VaeImageProcessor
 from parts.caching import PreparedData, load_captioned
 from parts.calling import UnsupportedPipeline, encode_captions, read_calling
 from parts.checkpoints import Checkpoints
 from parts.evaluating import baseline
 from parts.inpainting_measure import masked_psnr
 from parts.objectives import FlowMatching, NoisePrediction, objective_of
+from parts.pictures import save_image
 from parts.settings import add_diffcr_flags, diffcr_config, new_parser, read_arguments
 from parts.tiny import captioned_photographs, tiny_pixart
+from PIL import Image
 from torch import Tensor, nn
 
 import diffcr_surgery as dcs
@@ -261,3 +265,11 @@ def test_psnr_counts_only_what_the_mask_shows() -> None:
     assert masked_psnr(images, reference, mask).tolist() == pytest.approx([20, 40], abs=1e-2)
     with pytest.raises(ValueError, match="A mask is empty"):
         masked_psnr(images, reference, torch.zeros(2, 1, 8, 8))
+
+
+def test_saved_images_are_those_of_a_pipeline(tmp_path: Path) -> None:
+    """Halves between two grey levels too, which other savers round up."""
+    image = (torch.arange(3 * 5 * 17).reshape(3, 5, 17) + 0.5) / 255
+    (wanted,) = VaeImageProcessor().postprocess(image[None], output_type="pil", do_denormalize=[False])
+    save_image(image, tmp_path / "image.png")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "image.png")), np.asarray(wanted))

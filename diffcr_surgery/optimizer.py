@@ -34,7 +34,8 @@ class RatioOptimizer(torch.optim.Optimizer):
     Adam's second moment of each would take from them. The gradient of a region that made up a part of the samples since the last step is
     divided by that part, so that batches of one region and mixed ones lead to the same. At rest all entries between the bounds cost the
     loss equally much for what they save. Π shifts the table to the scheduled saving and clips it to ``[0, max_ratio]``. The saving ramps
-    linearly from its value at the start to the target; η falls linearly to 0 over ``total_steps``. No budget term is needed in the loss.
+    linearly from its value at the start to the target; η falls linearly to 0. With ``settle`` the table then stands at the bins inference
+    runs at, and the weights have the rest of the training to get used to them. No budget term is needed in the loss.
 
     Under DDP and ``fully_shard`` the gradient is averaged over all processes, and every process takes the same step.
 
@@ -44,6 +45,7 @@ class RatioOptimizer(torch.optim.Optimizer):
         lr: η at the start.
         averaging: Decay of the moving averages, in [0, 1).
         ramp: Share of ``total_steps`` after which the target is reached, in (0, 1].
+        settle: Share of ``total_steps``, the last ones, in which the table stands, in [0, 1); ``ramp + settle`` is at most 1.
 
     Raises:
         ConfigError: If a setting is out of range.
@@ -63,17 +65,29 @@ class RatioOptimizer(torch.optim.Optimizer):
         0.3
     """
 
-    def __init__(self, model: torch.nn.Module, *, total_steps: int, lr: float = 0.1, averaging: float = 0.98, ramp: float = 0.4) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        total_steps: int,
+        lr: float = 0.1,
+        averaging: float = 0.98,
+        ramp: float = 0.4,
+        settle: float = 0.0,
+    ) -> None:
         state = state_of(model)
-        if not (total_steps >= 1 and lr >= 0.0 and 0.0 <= averaging < 1.0 and 0.0 < ramp <= 1.0):
+        fits = total_steps >= 1 and lr >= 0.0 and 0.0 <= averaging < 1.0 and 0.0 < ramp <= 1.0 and 0.0 <= settle <= 1.0 - ramp + 1e-9
+        if not fits:
             raise ConfigError(
-                f"RatioOptimizer got total_steps={total_steps}, lr={lr}, averaging={averaging}, ramp={ramp}; expected total_steps >= 1, "
-                "lr >= 0, averaging in [0, 1) and ramp in (0, 1]."
+                f"RatioOptimizer got total_steps={total_steps}, lr={lr}, averaging={averaging}, ramp={ramp}, settle={settle}; expected "
+                "total_steps >= 1, lr >= 0, averaging in [0, 1), ramp in (0, 1] and settle in [0, 1 - ramp]."
             )
         if state.specialized or not state.config.learn_ratios:
             raise ConfigError("RatioOptimizer needs learnable ratios: convert with learn_ratios=True, and train before specialize_.")
         _check_learned(state)
-        super().__init__([state.ratio_table], {"lr": lr, "averaging": averaging, "ramp": ramp, "total_steps": total_steps})
+        super().__init__(
+            [state.ratio_table], {"lr": lr, "averaging": averaging, "ramp": ramp, "settle": settle, "total_steps": total_steps}
+        )
         self._diffcr = state
 
     def __getstate__(self) -> dict[str, Any]:
@@ -141,11 +155,14 @@ class RatioOptimizer(torch.optim.Optimizer):
                 "updates": 0,
             }
         state["step"] += 1
+        moving = max(1, math.ceil(group["total_steps"] * (1.0 - group["settle"]) - 1e-9))  # steps; the ramp ends within them
+        if group["settle"] and state["step"] > moving:
+            return budget.round(table), state  # what has been rounded stays as it is
         slopes = budget.slopes(table).clamp_min(LEAST_SLOPE)
         direction = self._direction(state, None if gradient is None else gradient / slopes, group["averaging"])
         known = (state["seen"] > 0).to(table)  # regions no batch has shown yet have no say
         direction = (direction - (direction * known).sum() / (known.sum() * len(table)).clamp_min(1.0)) * known
-        left = max(0.0, 1.0 - (state["step"] - 1) / group["total_steps"])
+        left = max(0.0, 1.0 - (state["step"] - 1) / moving)
         share = min(1.0, state["step"] / max(1.0, group["ramp"] * group["total_steps"]))
         saving = state["start"] + share * (self._diffcr.target_saving - state["start"])
         return budget.project(table - group["lr"] * left * direction, saving), state

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -58,6 +60,26 @@ def test_the_mean_follows_the_schedule_exactly_whatever_the_gradient(
         table = dcs.ratio_table(model).detach()
         assert 0.0 <= float(table.min()) and float(table.max()) <= 0.9 + CLOSE
     assert mean(model) == pytest.approx(0.3, abs=CLOSE)
+
+
+@given(total=st.integers(1, 30), settle=st.sampled_from([0.1, 0.4, 0.6]), target=st.floats(0.0, 0.9), seed=st.integers(0, 99))
+def test_a_table_that_has_settled_is_what_inference_runs_at(
+    original: nn.Module, total: int, settle: float, target: float, seed: int
+) -> None:
+    model, source = copy.deepcopy(original), torch.Generator().manual_seed(seed)
+    model.diffcr.plan = replace(model.diffcr.plan, config=replace(model.diffcr.config, target_ratio=target))
+    optimizer = dcs.RatioOptimizer(model, total_steps=total, settle=settle)
+    moving = math.ceil(total * (1 - settle) - 1e-9)
+    before: list[Tensor] = []
+    for step in range(1, total + 3):
+        give(model, torch.randn(LAYERS, REGIONS, generator=source))
+        optimizer.step()
+        before.append(dcs.ratio_table(model).detach().clone())
+        if step <= moving:
+            continue
+        assert torch.equal(before[-1], model.diffcr.budget.round(before[moving - 1])), "rounded once, from where it had come to"
+        assert torch.equal(before[-1], model.diffcr.executed_ratios())
+    assert mean(model) == pytest.approx(target, abs=0.05 / (LAYERS * REGIONS) + CLOSE)
 
 
 def test_without_a_gradient_all_entries_rise_alike(model: nn.Module) -> None:
@@ -331,7 +353,8 @@ def test_training_goes_on_from_a_checkpoint_as_if_never_stopped(model: nn.Module
     "settings",
     [
         {"total_steps": 0}, {"total_steps": -3}, {"total_steps": float("nan")}, {"lr": -0.1}, {"lr": float("nan")}, {"averaging": 1.0},
-        {"averaging": -0.1}, {"averaging": float("nan")}, {"ramp": 0.0}, {"ramp": 1.5}, {"ramp": float("nan")},
+        {"averaging": -0.1}, {"averaging": float("nan")}, {"ramp": 0.0}, {"ramp": 1.5}, {"ramp": float("nan")}, {"settle": -0.1},
+        {"settle": 0.7}, {"settle": float("nan")},
     ],
     ids=str,
 )  # fmt: skip

@@ -1,0 +1,291 @@
+"""Tables, curves, heat maps and routing maps from the records of a study.
+
+Arms of a seed start from one dense model and see the same data, so what is compared are differences within seeds: their mean over the seeds
+comes with its standard error.
+"""
+
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from study.arms import ARMS, TARGETS, VARIANT_TARGET
+from study.experiment import Record
+from study.runner import read_records
+from study.tasks import TASKS, task_named
+
+__all__ = ["Spread", "difference", "write_report"]
+
+REFERENCE, OURS = "uniform", "regions-4"
+FINDINGS = re.compile(r"<!-- findings -->\n(.*?)<!-- end of findings -->", re.DOTALL)  # written by hand, and kept
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A mean over seeds with its standard error.
+
+    Attributes:
+        mean: The mean.
+        error: Standard deviation over the square root of the number of seeds; not a number for one seed.
+        seeds: Number of seeds.
+    """
+
+    mean: float
+    error: float
+    seeds: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Return the spread of one value a seed."""
+        error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+        return cls(statistics.fmean(values), error, len(values))
+
+    @property
+    def significance(self) -> float:
+        """The mean in standard errors."""
+        return self.mean / self.error if self.error else float("inf")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column of the tables.
+
+    Attributes:
+        title: Its head.
+        read: Takes it from a record; `None` where the task has none.
+        digits: Behind the point.
+        scale: It is multiplied by this.
+    """
+
+    title: str
+    read: Callable[[Record], float | None]
+    digits: int
+    scale: float = 1.0
+
+    def shown(self, spread: Spread | None, sign: str = "") -> str:
+        """Return a cell."""
+        if spread is None:
+            return "–"
+        mean = f"{self.scale * spread.mean:{sign}.{self.digits}f}"
+        return mean if spread.seeds == 1 else f"{mean} ± {self.scale * spread.error:.{self.digits}f}"
+
+
+LOSS = Metric("held-out loss", lambda record: record["loss"], 4)
+FID = Metric("FID", lambda record: record["distances"]["fid"], 3)
+KID = Metric("KID × 1000", lambda record: record["distances"]["kid"], 2, 1000)
+READ = Metric("recognised", lambda record: record["accuracy"], 3)
+PSNR = Metric("masked PSNR, dB", lambda record: record["psnr"], 2)
+RATIO = Metric("ratio", lambda record: record["ratio"], 3)
+FLOPS = Metric("FLOPs", lambda record: record["flops_share"], 3)
+LATENCY = Metric("latency", lambda record: record["latency_share"], 3)
+COLUMNS = (RATIO, FLOPS, LATENCY, LOSS, FID, KID, READ, PSNR)
+
+
+class Records:
+    """Records by task, arm, target and seed; of two with the same, the later one counts."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self._all = {(r["task"], r["arm"], r["target"], r["seed"]): r for r in records}
+        bases: dict[tuple[str, int], set[str]] = {}
+        for record in self._all.values():
+            bases.setdefault((record["task"], record["seed"]), set()).add(record["base"])
+        mixed = sorted(key for key, found in bases.items() if len(found) > 1)
+        if mixed:
+            raise SystemExit(f"Arms of {mixed} start from different dense models, so they cannot be compared; run these seeds in one go.")
+
+    def __iter__(self) -> Any:
+        return iter(self._all.values())
+
+    def of(self, task: str, arm: str, target: float) -> dict[int, Record]:
+        """Return the records of an arm by seed; the dense model has no target."""
+        target = 0.0 if arm == "dense" else target
+        return {seed: r for (own, name, aim, seed), r in sorted(self._all.items()) if (own, name, aim) == (task, arm, target)}
+
+    def spread(self, task: str, arm: str, target: float, metric: Metric) -> Spread | None:
+        """Return a metric of an arm over its seeds."""
+        values = [metric.read(record) for record in self.of(task, arm, target).values()]
+        return Spread.of([v for v in values if v is not None]) if values and None not in values else None
+
+
+def difference(records: Records, metric: Metric, task: str, target: float, arm: str, other: str) -> Spread | None:
+    """Return by how much an arm's metric is above another's, over the seeds that have both; `None` if none has."""
+    own, others = records.of(task, arm, target), records.of(task, other, target)
+    pairs = [(metric.read(own[seed]), metric.read(others[seed])) for seed in own if seed in others]
+    values = [a - b for a, b in pairs if a is not None and b is not None]
+    return Spread.of(values) if values else None
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def main_table(records: Records, task: str, target: float) -> str:
+    """Return the arms of a target, all metrics, and the loss and FID against the uniform ratio's within seeds."""
+    metrics = [metric for metric in COLUMNS if any(metric.read(r) is not None for r in records if r["task"] == task)]
+    rows = []
+    for name, arm in ARMS.items():
+        if not arm.main or not records.of(task, name, target):
+            continue
+        cells = [metric.shown(records.spread(task, name, target, metric)) for metric in metrics]
+        against = [metric.shown(difference(records, metric, task, target, name, REFERENCE), "+") for metric in (LOSS, FID)]
+        rows.append([arm.title, *cells, *(against if name != REFERENCE else ["", ""])])
+    return _table(["arm", *(metric.title for metric in metrics), "loss − uniform", "FID − uniform"], rows)
+
+
+def variant_table(records: Records, task: str) -> str:
+    """Return what differs from the reference in one setting, against it within seeds."""
+    rows = []
+    quality = (LOSS, FID, READ) if task == "digits" else (LOSS, FID, PSNR)
+    for name, arm in ARMS.items():
+        if name != OURS and (arm.main or not records.of(task, name, VARIANT_TARGET)):
+            continue
+        own = records.of(task, name, VARIANT_TARGET)
+        seconds = [r["train_seconds"] / records.of(task, OURS, VARIANT_TARGET)[seed]["train_seconds"] for seed, r in own.items()]
+        cells = [metric.shown(difference(records, metric, task, VARIANT_TARGET, name, OURS), "+") for metric in quality]
+        learned = Spread.of([r["trained_share"] for r in own.values()])
+        rows.append([arm.title, f"{statistics.fmean(seconds):.2f}×", FLOPS.shown(learned), *(cells if name != OURS else [""] * len(cells))])
+    return _table(["arm", "training time", "FLOPs it ended at", *(f"{metric.title} − reference" for metric in quality)], rows)
+
+
+def region_table(records: Records, task: str, target: float) -> str:
+    """Return the held-out loss of the main arms in quarters of the timestep range, clean to noisy."""
+    rows = []
+    for name, arm in ARMS.items():
+        own = list(records.of(task, name, target).values())
+        if arm.main and own:
+            losses = torch.tensor([record["losses"] for record in own]).mean(0).reshape(4, -1).mean(1)
+            rows.append([arm.title, *(f"{loss:.4f}" for loss in losses.tolist())])
+    return _table(["arm", "cleanest quarter", "second", "third", "noisiest"], rows)
+
+
+def draw_trade_off(records: Records, task: str) -> Figure:
+    """Draw quality against cost, counted and measured: one line an arm, through its targets."""
+    qualities = (LOSS, FID) if task == "digits" else (LOSS, PSNR)
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    for row, quality in zip(figure.subplots(2, 2), qualities, strict=True):
+        for axes, cost in zip(row, (FLOPS, LATENCY), strict=True):
+            for name, arm in ARMS.items():
+                points = [(records.spread(task, name, target, cost), records.spread(task, name, target, quality)) for target in TARGETS]
+                found = [(x, y) for x, y in points if x is not None and y is not None]
+                if arm.main and arm.trained and name != "random" and found:
+                    x, y = ([spread.mean for spread in side] for side in zip(*found, strict=True))
+                    errors = [0.0 if spread.seeds == 1 else spread.error for _, spread in found]
+                    axes.errorbar(x, y, errors, marker="o", capsize=3, label=arm.title)
+            axes.set(xlabel=f"{cost.title}, share of the dense model's", ylabel=quality.title)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def draw_tables(records: Records, arms: Sequence[str]) -> Figure:
+    """Draw the ratios that were executed, a mean over seeds: blocks down, regions from clean to noisy across."""
+    figure = Figure(figsize=(3.1 * len(TARGETS) + 1, 2.4 * len(TASKS) * len(arms)), layout="constrained")
+    rows, scale = [(task, arm) for task in TASKS for arm in arms], Normalize(0, 0.9)
+    for line, (task, arm) in zip(figure.subplots(len(rows), len(TARGETS), squeeze=False), rows, strict=True):
+        for axes, target in zip(line, TARGETS, strict=True):
+            found = [record["executed"] for record in records.of(task, arm, target).values()]
+            axes.set_title(f"{task}, {target:g}", fontsize=9)
+            if found:
+                axes.imshow(torch.tensor(found).mean(0).numpy(), norm=scale, cmap="viridis", aspect="auto")
+                axes.set(xlabel="timestep region, clean to noisy", ylabel="block")
+    figure.colorbar(ScalarMappable(scale, "viridis"), ax=figure.axes, label="share of tokens that bypass")
+    return figure
+
+
+def draw_routing(records: Records, task: str, target: float) -> Figure | None:
+    """Draw through how many blocks each token of some held-out images goes, noisy to clean; `None` without a record."""
+    found = next(iter(records.of(task, OURS, target).values()), None)
+    if found is None:
+        return None
+    maps = [torch.tensor([[int(digit, 36) for digit in image] for image in region]) for region in reversed(found["routing"])]
+    images = task_named(task).pictures(len(maps[0]))
+    side, scale = round(maps[0].shape[1] ** 0.5), Normalize(0, len(found["table"]))
+    figure = Figure(figsize=(1.4 * (len(maps) + 1) + 1, 1.4 * len(images) + 0.4), layout="constrained")
+    grid = figure.subplots(len(images), len(maps) + 1, squeeze=False)
+    for row, image in zip(range(len(images)), images, strict=True):
+        grid[row, 0].imshow(rearrange(image, "c h w -> h w c").numpy(), cmap="gray", vmin=0, vmax=1)
+        for column, passed in enumerate(maps, start=1):
+            grid[row, column].imshow(passed[row].reshape(side, side).numpy(), norm=scale, cmap="magma")
+    grid[0, 0].set_title("image", fontsize=9)
+    grid[0, 1].set_title("noisiest", fontsize=9)
+    grid[0, -1].set_title("cleanest", fontsize=9)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    figure.colorbar(ScalarMappable(scale, "magma"), ax=grid, label="blocks a token goes through")
+    return figure
+
+
+def verdicts(records: Records) -> list[str]:
+    """Return what the claims of the method came to: each with its figures, whichever way they point."""
+    lines = []
+    for task in TASKS:
+        for target in TARGETS:
+            apart = difference(records, LOSS, task, target, OURS, REFERENCE)
+            fid = difference(records, FID, task, target, OURS, REFERENCE)
+            if apart is None or fid is None:
+                continue
+            outcome = "better" if apart.significance < -2 else "worse" if apart.significance > 2 else "not told apart"
+            lines.append(
+                f"- {task}, {target:g}: {ARMS[OURS].title} against {ARMS[REFERENCE].title}: held-out loss {LOSS.shown(apart, '+')} "
+                f"({apart.significance:+.1f} standard errors: {outcome}), FID {FID.shown(fid, '+')}."
+            )
+        own, dense = records.spread(task, OURS, 0.2, FID), records.spread(task, "dense", 0.2, FID)
+        if own and dense:
+            lines.append(f"- {task}, 0.2: FID of {ARMS[OURS].title} is {own.mean / dense.mean:.3f} of the dense model's.")
+    return lines
+
+
+def about(records: Records) -> str:
+    """Return on what the records were made, and how long that took."""
+    found = list(records)
+    devices, versions = (sorted({record[name] for record in found}) for name in ("device", "torch"))
+    seeds = sorted({record["seed"] for record in found})
+    hours = sum(record["seconds"] for record in found) / 3600
+    sizes = sorted({record["size"] for record in found})
+    return (
+        f"{len(found)} experiments of size {', '.join(sizes)}, seeds {', '.join(map(str, seeds))}, on {'; '.join(devices)}, torch "
+        f"{', '.join(versions)}: {hours:.1f} hours of one process. ± is the standard error over the seeds; differences are taken within "
+        "seeds, in which all arms start from one dense model and see the same images, timesteps and noise in the same order. FLOPs and "
+        "latency are shares of the dense model's; latencies are medians, in turns with the dense model, while other experiments kept the "
+        "other cores busy."
+    )
+
+
+def write_report(path: Path, out: Path) -> None:
+    """Write `RESULTS.md` and its pictures; findings that stand in an earlier one are kept.
+
+    Args:
+        path: File of records.
+        out: Folder to write to.
+    """
+    records = Records(read_records(path))
+    pictures = out / "pictures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    results = out / "RESULTS.md"
+    kept = FINDINGS.search(results.read_text(encoding="utf-8")) if results.exists() else None
+    parts = ["# Does it pay?", f"<!-- findings -->\n{kept[1] if kept else ''}<!-- end of findings -->", "## What was run", about(records)]
+    parts += ["## The claims, in figures", "\n".join(verdicts(records)) or "Not all arms have been run yet."]
+    for task in TASKS:
+        parts.append(f"## {task.capitalize()}")
+        for target in TARGETS:
+            if records.of(task, REFERENCE, target):
+                parts += [f"### Target {target:g}", main_table(records, task, target)]
+                parts += ["Held-out loss by timestep:", region_table(records, task, target)]
+        if records.of(task, OURS, VARIANT_TARGET):
+            parts += [f"### One setting at a time, target {VARIANT_TARGET:g}", variant_table(records, task)]
+        draw_trade_off(records, task).savefig(pictures / f"{task}_trade_off.png", dpi=110)
+        parts.append(f"![Quality against cost](pictures/{task}_trade_off.png)")
+        routing = draw_routing(records, task, VARIANT_TARGET)
+        if routing is not None:
+            routing.savefig(pictures / f"{task}_routing.png", dpi=110)
+            parts.append(f"![Blocks that each token goes through](pictures/{task}_routing.png)")
+    draw_tables(records, ("layers", OURS, "regions-10")).savefig(pictures / "tables.png", dpi=110)
+    parts += ["## Learned ratios", "![Learned ratios](pictures/tables.png)"]
+    results.write_text("\n\n".join(parts) + "\n", encoding="utf-8")

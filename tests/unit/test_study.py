@@ -1,0 +1,148 @@
+"""The study's parts: which experiments there are, what tells them apart, and what its report says of records."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from study import arms, experiment
+from study.arms import ARMS, Experiment, chosen
+from study.experiment import SIZES, Record, key_of
+from study.report import FID, LOSS, Records, difference, write_report
+from study.runner import read_records
+from study.tasks import PARTS, Task, part_timesteps, task_named
+from study.training import Schedule, train
+
+import diffcr_surgery as dcs
+
+BOTH = ("digits", "photographs")
+
+
+def record(task: str, arm: str, target: float, seed: int, loss: float, **more: Any) -> Record:
+    """What an experiment leaves."""
+    table = [[0.0, 0.2], [0.4, 0.6]]
+    found = {"key": f"{task}{arm}{target}{seed}", "task": task, "arm": arm, "target": target, "seed": seed, "size": "small", "base": "x"}
+    found |= {"losses": [loss] * PARTS, "loss": loss, "distances": {"fid": 10 * loss, "kid": loss / 100, "kid_std": 0.0, "kid_subset": 500}}
+    found |= {"accuracy": 0.9, "psnr": None if task == "digits" else 20.0, "ratio": target, "flops_share": 1 - target, "latency_share": 0.9}
+    found |= {"train_seconds": 60.0, "seconds": 90.0, "device": "a processor", "torch": "2", "table": table, "executed": table}
+    return found | {"trained_share": 0.7, "routing": [["01" * 128] * 2] * 2} | more
+
+
+def test_patterns_choose_experiments() -> None:
+    everything = chosen(["*"], arms.SEEDS)
+    assert len(everything) == len(set(everything)) == 2 * len(arms.SEEDS) * sum(len(arm.targets) for arm in ARMS.values())
+    assert [e.seed for e in everything] == sorted(e.seed for e in everything), "a seed is finished before the next"
+    assert chosen(["photographs/dense/*"], [7]) == [Experiment("photographs", "dense", 0.0, 7)]
+    assert chosen(["nothing"], [7]) == []
+
+
+def test_keys_change_with_what_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Experiment("digits", "regions-4", 0.3, 11)
+    key, others = key_of(one, "small"), [replace(one, seed=12), replace(one, target=0.5), replace(one, task="photographs")]
+    assert len({key, key_of(one, "smoke"), *(key_of(other, "small") for other in others)}) == 5
+    monkeypatch.setitem(ARMS, one.arm, replace(ARMS[one.arm], title="by another name"))
+    assert key_of(one, "small") == key
+    monkeypatch.setitem(ARMS, one.arm, replace(ARMS[one.arm], settings={"timestep_regions": 5}))
+    assert key_of(one, "small") != key
+    monkeypatch.setitem(ARMS, one.arm, replace(ARMS[one.arm], settings={"timestep_regions": 4}))
+    monkeypatch.setitem(SIZES, "small", replace(SIZES["small"], steps=1))
+    assert key_of(one, "small") != key
+    monkeypatch.setattr(experiment, "VERSION", -1)
+    assert key_of(one, "smoke") != key_of(one, "small")
+
+
+def test_a_library_default_changes_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings that arms leave to the library are part of what was run."""
+    one = Experiment("digits", "uniform", 0.3, 11)
+    key, config = key_of(one, "small"), ARMS["uniform"].config(0.3)
+    monkeypatch.setattr(arms.Arm, "config", lambda self, target: replace(config, gate="sigmoid"))
+    assert key_of(one, "small") != key
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_tasks_fit_their_denoisers(name: str) -> None:
+    task: Task = task_named(name)
+    model = task.new_denoiser(16, 2, 2)
+    batch = task.training[:2]
+    out = model(x=batch.clean, timestep=torch.tensor([0, 999]), **batch.known)
+    assert out.shape == batch.clean.shape
+    assert 0.3 < float(task.training.clean[task.training.counts.expand_as(task.training.clean) > 0].std()) < 1.5
+    plan = dcs.plan(model, {"x": batch.clean, "timestep": torch.tensor([0, 999]), **batch.known}, ARMS["regions-4"].config(0.3))
+    assert [site.tokens for site in plan.routed_sites] == [256, 256]
+    wanted = task.wanted(8)
+    perfect = task.judge(wanted.clean if name == "photographs" else task.training.clean[:8], wanted)
+    assert (perfect.psnr is None) == (name == "digits") and (perfect.psnr is None or perfect.psnr > 40)
+
+
+def test_every_batch_lies_in_one_region_of_each_arm() -> None:
+    assert sorted(t for part in range(PARTS) for t in part_timesteps(part)) == list(range(1000))
+    for arm in ARMS.values():
+        regions = arm.settings.get("timestep_regions", 1)
+        assert all(len({t * regions // 1000 for t in part_timesteps(part)}) == 1 for part in range(PARTS))
+
+
+def test_equal_seeds_show_every_model_the_same() -> None:
+    task = task_named("digits")
+    seen: list[list[torch.Tensor]] = []
+    for _ in range(2):
+        model = task.new_denoiser(8, 1, 1)
+        seen.append([])
+        model.register_forward_pre_hook(lambda module, args, kwargs: seen[-1].append(kwargs["x"]), with_kwargs=True)
+        train(task, model, Schedule(3, 2, 1e-3), seed=5)
+    assert len(seen[0]) == 3 and all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+def test_records_survive_a_line_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    assert read_records(path) == []
+    path.write_text('{"key": "a"}\n{"key": "b"', encoding="utf-8")
+    assert read_records(path) == [{"key": "a"}]
+
+
+def test_differences_are_taken_within_seeds() -> None:
+    losses = {"uniform": (0.5, 0.7, 0.9), "regions-4": (0.4, 0.6, 0.8)}
+    found = Records([record("digits", arm, 0.3, seed, loss) for arm, row in losses.items() for seed, loss in enumerate(row)])
+    apart = difference(found, LOSS, "digits", 0.3, "regions-4", "uniform")
+    assert apart is not None and apart.mean == pytest.approx(-0.1) and apart.error == pytest.approx(0, abs=1e-12) and apart.seeds == 3
+    spread = found.spread("digits", "uniform", 0.3, FID)
+    assert spread is not None and (spread.mean, spread.error) == (pytest.approx(7.0), pytest.approx(2 / 3**0.5))
+    assert difference(found, LOSS, "digits", 0.5, "regions-4", "uniform") is None
+
+
+def test_arms_of_different_dense_models_are_not_compared() -> None:
+    with pytest.raises(SystemExit, match=r"\('digits', 0\).*start from different dense models"):
+        Records([record("digits", "uniform", 0.3, 0, 0.5), record("digits", "layers", 0.3, 0, 0.5, base="y")])
+
+
+def test_the_report(tmp_path: Path) -> None:
+    rows = [record(task, "dense", 0.0, seed, 0.4) for task in BOTH for seed in (1, 2)]
+    losses = {"uniform": 0.6, "regions-4": 0.5, "merging": 0.8, "layers": 0.55}
+    rows += [
+        record(task, arm, target, seed, loss + seed / 1000)
+        for task in BOTH for arm, loss in losses.items() for target in arms.TARGETS for seed in (1, 2)
+    ]  # fmt: skip
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_report(path, tmp_path)
+    text = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
+    assert f"{len(rows)} experiments of size small, seeds 1, 2, on a processor" in text
+    assert "- digits, 0.2: DiffCR-LT, 4 regions against uniform (Mixture-of-Depths): held-out loss -0.1000 ± 0.0000" in text
+    assert "- digits, 0.2: FID of DiffCR-LT, 4 regions is 1.254 of the dense model's." in text
+    for name in ("digits_trade_off", "digits_routing", "photographs_trade_off", "photographs_routing", "tables"):
+        assert f"(pictures/{name}.png)" in text and (tmp_path / "pictures" / f"{name}.png").stat().st_size > 1000
+
+
+def test_findings_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text(json.dumps(record("digits", "dense", 0.0, 1, 0.4)) + "\n", encoding="utf-8")
+    write_report(path, tmp_path)
+    results = tmp_path / "RESULTS.md"
+    text = results.read_text(encoding="utf-8")
+    written = text.replace("<!-- findings -->\n", "<!-- findings -->\n\nIt pays.\n\n")
+    results.write_text(written, encoding="utf-8")
+    write_report(path, tmp_path)
+    assert results.read_text(encoding="utf-8") == written

@@ -29,7 +29,7 @@ class Arm:
         options: Of `RatioOptimizer`, where they are not the library's defaults.
         distill_weight: Weight of the squared distance to the dense model's prediction, added to the loss.
         targets: Compression ratios it is trained for.
-        main: Whether it stands in the main tables; otherwise it is the reference with one thing changed.
+        against: Arm that it is with one thing changed, and is compared with; an arm without one stands in the main tables.
     """
 
     title: str
@@ -40,7 +40,7 @@ class Arm:
     options: Mapping[str, Any] = field(default_factory=dict)
     distill_weight: float = 0.0
     targets: tuple[float, ...] = TARGETS
-    main: bool = True
+    against: str | None = None
 
     def config(self, target: float) -> dcs.DiffCRConfig:
         """Return the settings of the conversion for a target: a saving of FLOPs as great as the ratio everywhere would be."""
@@ -55,8 +55,8 @@ LT = {"timestep_regions": 4}
 
 
 def _changed(title: str, **changes: Any) -> Arm:
-    """Return the reference, DiffCR-LT with 4 regions, with something changed."""
-    return Arm(title, **{"settings": LT, "targets": (VARIANT_TARGET,), "main": False, **changes})
+    """Return DiffCR-LT with 4 regions, unless said otherwise, with something changed."""
+    return Arm(title, **{"settings": LT, "targets": (VARIANT_TARGET,), "against": "regions-4", **changes})
 
 
 ARMS = {
@@ -70,7 +70,7 @@ ARMS = {
     "regions-4": Arm("DiffCR-LT, 4 regions", settings=LT),
     "regions-10": Arm("DiffCR-LT, 10 regions", settings={"timestep_regions": 10}),
     "two": _changed("two branches", settings=LT | {"branches": "two"}),
-    "layers-two": _changed("two branches, one region (against DiffCR-L)", settings={"branches": "two"}),
+    "layers-two": _changed("two branches", settings={"branches": "two"}, against="layers"),
     "settled": _changed("table stands for the last 40 %", options={"settle": 0.4}),
     "straight-through": _changed("gate: straight-through", settings=LT | {"gate": "straight_through"}),
     "sigmoid": _changed("gate: sigmoid (the paper's)", settings=LT | {"gate": "sigmoid"}),

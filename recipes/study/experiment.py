@@ -53,7 +53,7 @@ class Size:
         batch: Images a step.
         base_lr: Highest learning rate of the dense training.
         lr: Highest learning rate of the fine-tuning, of weights and routers.
-        samples: Images drawn of each arm.
+        samples: Images drawn of each arm; of photographs, no more than there are held-out crops.
         sample_steps: Denoising steps of a sample; a multiple of the parts of the timestep range.
         sample_batch: Images at a time, in drawing and in timing.
         rounds: How often each call is timed.
@@ -100,7 +100,7 @@ class Place:
 def key_of(experiment: Experiment, size: str) -> str:
     """Return what stands for an experiment in the cache: it changes with every setting that the outcome depends on."""
     arm = ARMS[experiment.arm]
-    decisive = {name: value for name, value in asdict(arm).items() if name not in ("title", "targets", "main")}
+    decisive = {name: value for name, value in asdict(arm).items() if name not in ("title", "targets", "against")}
     return _digest(VERSION, asdict(experiment), asdict(SIZES[size]), decisive, settings_of(arm, experiment.target))
 
 
@@ -176,7 +176,7 @@ def run(experiment: Experiment, place: Place) -> Record:
     found |= {"losses": losses, "loss": statistics.fmean(losses)} | _costs(model, dense, task, size)
     wanted = task.wanted(size.samples)
     samples = draw(task, model, wanted, steps=size.sample_steps, seed=10 * seed + 3, batch=size.sample_batch)
-    found |= asdict(task.judge(samples, wanted))
+    found |= {"samples": len(wanted), **asdict(task.judge(samples, wanted))}
     seconds = time.perf_counter() - started
     return found | {"seconds": seconds, "device": _device(place), "torch": torch.__version__}
 

@@ -4,6 +4,7 @@ Arms of a seed start from one dense model and see the same data, so what is comp
 comes with its standard error.
 """
 
+import math
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -51,7 +52,7 @@ class Spread:
     @property
     def significance(self) -> float:
         """The mean in standard errors."""
-        return self.mean / self.error if self.error else float("inf")
+        return self.mean / self.error if self.error else math.copysign(math.inf, self.mean)
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def main_table(records: Records, task: str, target: float) -> str:
     metrics = [metric for metric in COLUMNS if any(metric.read(r) is not None for r in records if r["task"] == task)]
     rows = []
     for name, arm in ARMS.items():
-        if not arm.main or not records.of(task, name, target):
+        if arm.against or not records.of(task, name, target):
             continue
         cells = [metric.shown(records.spread(task, name, target, metric)) for metric in metrics]
         against = [metric.shown(difference(records, metric, task, target, name, REFERENCE), "+") for metric in (LOSS, FID)]
@@ -141,18 +142,20 @@ def main_table(records: Records, task: str, target: float) -> str:
 
 
 def variant_table(records: Records, task: str) -> str:
-    """Return what differs from the reference in one setting, against it within seeds."""
+    """Return arms with one thing changed, against those that they change, within seeds."""
     rows = []
     quality = (LOSS, FID, READ) if task == "digits" else (LOSS, FID, PSNR)
     for name, arm in ARMS.items():
-        if name != OURS and (arm.main or not records.of(task, name, VARIANT_TARGET)):
+        if arm.against is None or difference(records, LOSS, task, VARIANT_TARGET, name, arm.against) is None:
             continue
-        own = records.of(task, name, VARIANT_TARGET)
-        seconds = [r["train_seconds"] / records.of(task, OURS, VARIANT_TARGET)[seed]["train_seconds"] for seed, r in own.items()]
-        cells = [metric.shown(difference(records, metric, task, VARIANT_TARGET, name, OURS), "+") for metric in quality]
-        learned = Spread.of([r["trained_share"] for r in own.values()])
-        rows.append([arm.title, f"{statistics.fmean(seconds):.2f}×", FLOPS.shown(learned), *(cells if name != OURS else [""] * len(cells))])
-    return _table(["arm", "training time", "FLOPs it ended at", *(f"{metric.title} − reference" for metric in quality)], rows)
+        own, other = records.of(task, name, VARIANT_TARGET), records.of(task, arm.against, VARIANT_TARGET)
+        slower = statistics.fmean(own[seed]["train_seconds"] / other[seed]["train_seconds"] for seed in own if seed in other)
+        ended = Spread.of([record["trained_share"] for record in own.values()])
+        cells = [metric.shown(difference(records, metric, task, VARIANT_TARGET, name, arm.against), "+") for metric in quality]
+        rows.append([arm.title, ARMS[arm.against].title, f"{slower:.2f}×", FLOPS.shown(ended), *cells])
+    return _table(
+        ["changed", "against", "training time", "FLOPs it ended at", *(f"{metric.title}, difference" for metric in quality)], rows
+    )
 
 
 def region_table(records: Records, task: str, target: float) -> str:
@@ -160,14 +163,17 @@ def region_table(records: Records, task: str, target: float) -> str:
     rows = []
     for name, arm in ARMS.items():
         own = list(records.of(task, name, target).values())
-        if arm.main and own:
+        if arm.against is None and own:
             losses = torch.tensor([record["losses"] for record in own]).mean(0).reshape(4, -1).mean(1)
             rows.append([arm.title, *(f"{loss:.4f}" for loss in losses.tolist())])
     return _table(["arm", "cleanest quarter", "second", "third", "noisiest"], rows)
 
 
 def draw_trade_off(records: Records, task: str) -> Figure:
-    """Draw quality against cost, counted and measured: one line an arm, through its targets."""
+    """Draw quality against cost, counted and measured: one line an arm, through its targets.
+
+    Random tokens and arms without training are in the tables alone: what they lose would flatten all others.
+    """
     qualities = (LOSS, FID) if task == "digits" else (LOSS, PSNR)
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     for row, quality in zip(figure.subplots(2, 2), qualities, strict=True):
@@ -175,7 +181,7 @@ def draw_trade_off(records: Records, task: str) -> Figure:
             for name, arm in ARMS.items():
                 points = [(records.spread(task, name, target, cost), records.spread(task, name, target, quality)) for target in TARGETS]
                 found = [(x, y) for x, y in points if x is not None and y is not None]
-                if arm.main and arm.trained and name != "random" and found:
+                if arm.against is None and arm.trained and name != "random" and found:
                     x, y = ([spread.mean for spread in side] for side in zip(*found, strict=True))
                     errors = [0.0 if spread.seeds == 1 else spread.error for _, spread in found]
                     axes.errorbar(x, y, errors, marker="o", capsize=3, label=arm.title)
@@ -282,6 +288,7 @@ def write_report(path: Path, out: Path) -> None:
             parts += [f"### One setting at a time, target {VARIANT_TARGET:g}", variant_table(records, task)]
         draw_trade_off(records, task).savefig(pictures / f"{task}_trade_off.png", dpi=110)
         parts.append(f"![Quality against cost](pictures/{task}_trade_off.png)")
+        parts.append("Random tokens and arms without training are left out of the picture: they would flatten the others.")
         routing = draw_routing(records, task, VARIANT_TARGET)
         if routing is not None:
             routing.savefig(pictures / f"{task}_routing.png", dpi=110)

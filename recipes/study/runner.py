@@ -2,8 +2,10 @@
 
 import json
 import multiprocessing
+import traceback
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
 from itertools import repeat
 from pathlib import Path
 
@@ -45,9 +47,10 @@ def run_all(experiments: Sequence[Experiment], place: Place, records: Path, jobs
     text = records.read_text(encoding="utf-8") if records.exists() else ""
     if text and not text.endswith("\n"):  # a run was stopped while it wrote
         records.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
-    failed: dict[Experiment, BaseException | None] = {}
+    failed: list[Experiment] = []
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
-    with Progress(*columns, console=console) as progress, records.open("a", encoding="utf-8") as file, pool:
+    with Progress(*columns, console=console) as progress, records.open("a", encoding="utf-8") as file, ExitStack() as stack:
+        stack.callback(pool.shutdown, cancel_futures=True)  # at Ctrl-C, what waits is not begun
         bar = progress.add_task("experiments", total=len(missing))
         for seed in sorted({experiment.seed for experiment in missing}):
             own = [experiment for experiment in missing if experiment.seed == seed]
@@ -58,9 +61,9 @@ def run_all(experiments: Sequence[Experiment], place: Place, records: Path, jobs
             running = {pool.submit(run, experiment, place): experiment for experiment in own}
             for future in as_completed(running):
                 progress.advance(bar)
-                if future.exception() is not None:
-                    failed[running[future]] = future.exception()
-                    console.print(f"{running[future]} failed: {future.exception()}", markup=False)
+                if (error := future.exception()) is not None:
+                    failed.append(running[future])
+                    console.print(f"{running[future]} failed:\n{''.join(traceback.format_exception(error))}", markup=False)
                     continue
                 record = future.result()
                 file.write(json.dumps(record) + "\n")

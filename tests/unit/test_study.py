@@ -12,7 +12,7 @@ import torch
 from study import arms, experiment
 from study.arms import ARMS, Experiment, chosen
 from study.experiment import SIZES, Record, key_of
-from study.report import FID, LOSS, Records, difference, write_report
+from study.report import FID, LOSS, Records, Spread, difference, variant_table, write_report
 from study.runner import read_records
 from study.tasks import PARTS, Task, part_timesteps, task_named
 from study.training import Schedule, train
@@ -51,8 +51,9 @@ def test_keys_change_with_what_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ARMS, one.arm, replace(ARMS[one.arm], settings={"timestep_regions": 4}))
     monkeypatch.setitem(SIZES, "small", replace(SIZES["small"], steps=1))
     assert key_of(one, "small") != key
+    smoke = key_of(one, "smoke")
     monkeypatch.setattr(experiment, "VERSION", -1)
-    assert key_of(one, "smoke") != key_of(one, "small")
+    assert key_of(one, "smoke") != smoke
 
 
 def test_a_library_default_changes_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +114,17 @@ def test_differences_are_taken_within_seeds() -> None:
     assert difference(found, LOSS, "digits", 0.5, "regions-4", "uniform") is None
 
 
+@pytest.mark.parametrize(("value", "sign"), [(-0.1, -1), (0.1, 1)])
+def test_a_difference_without_spread_keeps_its_sign(value: float, sign: int) -> None:
+    assert Spread.of([value, value]).significance == sign * float("inf")
+    assert Spread.of([value]).significance != Spread.of([value]).significance, "one seed tells nothing"
+
+
+def test_an_arm_without_its_counterpart_is_not_compared() -> None:
+    found = Records([record("digits", "two", 0.3, 1, 0.5), record("digits", "regions-4", 0.3, 2, 0.5)])
+    assert variant_table(found, "digits").count("\n") == 1, "head and rule alone"
+
+
 def test_arms_of_different_dense_models_are_not_compared() -> None:
     with pytest.raises(SystemExit, match=r"\('digits', 0\).*start from different dense models"):
         Records([record("digits", "uniform", 0.3, 0, 0.5), record("digits", "layers", 0.3, 0, 0.5, base="y")])
@@ -120,10 +132,10 @@ def test_arms_of_different_dense_models_are_not_compared() -> None:
 
 def test_the_report(tmp_path: Path) -> None:
     rows = [record(task, "dense", 0.0, seed, 0.4) for task in BOTH for seed in (1, 2)]
-    losses = {"uniform": 0.6, "regions-4": 0.5, "merging": 0.8, "layers": 0.55}
+    losses = {"uniform": 0.6, "regions-4": 0.5, "merging": 0.8, "layers": 0.55, "two": 0.52, "layers-two": 0.52}
     rows += [
         record(task, arm, target, seed, loss + seed / 1000)
-        for task in BOTH for arm, loss in losses.items() for target in arms.TARGETS for seed in (1, 2)
+        for task in BOTH for arm, loss in losses.items() for target in ARMS[arm].targets for seed in (1, 2)
     ]  # fmt: skip
     path = tmp_path / "records.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -132,6 +144,8 @@ def test_the_report(tmp_path: Path) -> None:
     assert f"{len(rows)} experiments of size small, seeds 1, 2, on a processor" in text
     assert "- digits, 0.2: DiffCR-LT, 4 regions against uniform (Mixture-of-Depths): held-out loss -0.1000 ± 0.0000" in text
     assert "- digits, 0.2: FID of DiffCR-LT, 4 regions is 1.254 of the dense model's." in text
+    assert "| two branches | DiffCR-LT, 4 regions | 1.00× | 0.700 ± 0.000 | +0.0200 ± 0.0000 |" in text
+    assert "| two branches | DiffCR-L | 1.00× | 0.700 ± 0.000 | -0.0300 ± 0.0000 |" in text
     for name in ("digits_trade_off", "digits_routing", "photographs_trade_off", "photographs_routing", "tables"):
         assert f"(pictures/{name}.png)" in text and (tmp_path / "pictures" / f"{name}.png").stat().st_size > 1000
 

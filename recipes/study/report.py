@@ -233,19 +233,30 @@ def verdicts(records: Records) -> list[str]:
     lines = []
     for task in TASKS:
         for target in TARGETS:
-            apart = difference(records, LOSS, task, target, OURS, REFERENCE)
-            fid = difference(records, FID, task, target, OURS, REFERENCE)
-            if apart is None or fid is None:
-                continue
-            outcome = "better" if apart.significance < -2 else "worse" if apart.significance > 2 else "not told apart"
-            lines.append(
-                f"- {task}, {target:g}: {ARMS[OURS].title} against {ARMS[REFERENCE].title}: held-out loss {LOSS.shown(apart, '+')} "
-                f"({apart.significance:+.1f} standard errors: {outcome}), FID {FID.shown(fid, '+')}."
-            )
-        own, dense = records.spread(task, OURS, 0.2, FID), records.spread(task, "dense", 0.2, FID)
-        if own and dense:
-            lines.append(f"- {task}, 0.2: FID of {ARMS[OURS].title} is {own.mean / dense.mean:.3f} of the dense model's.")
+            found = {name: records.spread(task, name, target, LOSS) for name, arm in ARMS.items() if arm.against is None and arm.trained}
+            known = {name: spread.mean for name, spread in found.items() if spread is not None}
+            if REFERENCE in known:
+                order = ", ".join(f"{ARMS[name].title} {LOSS.shown(found[name])}" for name in sorted(known, key=lambda name: known[name]))
+                lines.append(f"- {task}, {target:g}, from the lowest held-out loss: {order}.")
+            lines += _compared(records, task, target, OURS, REFERENCE)
+        lines += [line for arm in ("two", "layers-two") for line in _compared(records, task, VARIANT_TARGET, arm, str(ARMS[arm].against))]
+        own, dense = records.of(task, OURS, 0.2), records.of(task, "dense", 0.2)
+        shares = [own[seed]["distances"]["fid"] / dense[seed]["distances"]["fid"] for seed in own if seed in dense]
+        if shares:
+            lines.append(f"- {task}, 0.2: FID of {ARMS[OURS].title} is {FID.shown(Spread.of(shares))} of the dense model's.")
     return lines
+
+
+def _compared(records: Records, task: str, target: float, arm: str, other: str) -> list[str]:
+    """Return a line on two arms, or none where there are no records of both for a seed."""
+    apart, fid = (difference(records, metric, task, target, arm, other) for metric in (LOSS, FID))
+    if apart is None or fid is None:
+        return []
+    outcome = "better" if apart.significance < -2 else "worse" if apart.significance > 2 else "not told apart"
+    return [
+        f"- {task}, {target:g}: {ARMS[arm].title} against {ARMS[other].title}: held-out loss {LOSS.shown(apart, '+')} "
+        f"({apart.significance:+.1f} standard errors: {outcome}), FID {FID.shown(fid, '+')}."
+    ]
 
 
 def about(records: Records) -> str:

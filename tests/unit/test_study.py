@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,11 @@ def test_the_report(tmp_path: Path) -> None:
     text = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
     assert f"{len(rows)} experiments of size small, seeds 1, 2, on a processor" in text
     assert "- digits, 0.2: DiffCR-LT, 4 regions against uniform (Mixture-of-Depths): held-out loss -0.1000 ± 0.0000" in text
-    assert "- digits, 0.2: FID of DiffCR-LT, 4 regions is 1.254 of the dense model's." in text
+    assert "- digits, 0.2: FID of DiffCR-LT, 4 regions is 1.254 ± 0.001 of the dense model's." in text
+    order = "dense 0.4000 ± 0.0000, DiffCR-LT, 4 regions 0.5015 ± 0.0005, DiffCR-L 0.5515 ± 0.0005, uniform"
+    assert f"- digits, 0.5, from the lowest held-out loss: {order}" in text
+    assert re.search(r"digits, 0\.3: two branches against DiffCR-LT, 4 regions: .*\+0\.0200 .*: worse\)", text)
+    assert re.search(r"digits, 0\.3: two branches against DiffCR-L: .*-0\.0300 .*: better\)", text)
     assert "| two branches | DiffCR-LT, 4 regions | 1.00× | 0.700 ± 0.000 | +0.0200 ± 0.0000 |" in text
     assert "| two branches | DiffCR-L | 1.00× | 0.700 ± 0.000 | -0.0300 ± 0.0000 |" in text
     for name in ("digits_trade_off", "digits_routing", "photographs_trade_off", "photographs_routing", "tables"):

@@ -331,11 +331,11 @@ def resumed(optimizer: dcs.RatioOptimizer, model: nn.Module, how: str) -> tuple[
 
 
 @pytest.mark.parametrize("how", ["state_dict", "deepcopy"])
-@pytest.mark.parametrize("steps", [0, 3, 8])
-def test_training_goes_on_from_a_checkpoint_as_if_never_stopped(model: nn.Module, steps: int, how: str) -> None:
+@pytest.mark.parametrize(("steps", "settle"), [(0, 0.0), (3, 0.0), (8, 0.0), (8, 0.4), (11, 0.4)])  # of 15, 9 until it settles
+def test_training_goes_on_from_a_checkpoint_as_if_never_stopped(model: nn.Module, steps: int, settle: float, how: str) -> None:
     with torch.no_grad():
         dcs.ratio_table(model).fill_(0.1)  # the ramp's start is remembered, not read off the table again
-    optimizer = dcs.RatioOptimizer(model, total_steps=15, lr=0.3, averaging=0.9)
+    optimizer = dcs.RatioOptimizer(model, total_steps=15, lr=0.3, averaging=0.9, settle=settle)
     gradients = torch.randn(steps + 5, LAYERS, REGIONS)
     for gradient in gradients[:steps]:
         give(model, gradient)

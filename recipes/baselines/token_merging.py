@@ -1,4 +1,4 @@
-"""Token merging, to compare with: similar tokens are averaged, the block runs on fewer, and each gets a copy of its group's result.
+"""Token merging, to compare with: similar tokens are averaged, the block runs on fewer, and each gets what became of its group.
 
     python -m diffcr_surgery bench --model dit-xl-2 --tokens 256 --ratio 0.2 0.5 --out DIR
 
@@ -9,8 +9,9 @@ of the tokens can be merged.
 
 Two choices favour it: the destination of a cell is its upper left token instead of a random one, and where an argument that moves with the
 tokens is shared by the batch (FLUX's rotary tables), one matching is made for the whole batch, by the mean similarity, instead of running
-sample by sample. The block is run on the merged stream as a whole, so merged tokens leave it as copies, skip connections included: that is
-the cheapest form, and the harshest for the image.
+sample by sample. In the cheapest form merged tokens leave a block as copies of each other; with ``skips`` each keeps itself, and only what
+the block adds to it is its group's, as in the second paper, which is kinder to the image. The bench, which asks for speed, takes the first;
+whoever asks for quality takes the second.
 """
 
 from typing import NamedTuple
@@ -88,9 +89,17 @@ def unmerge(tokens: Tensor, matching: Matching) -> Tensor:
 
 
 class TokenMerging:
-    """Token merging around the routed blocks of a plan, in the form that :func:`diffcr_surgery.bench.hooks.attach` takes."""
+    """Token merging around the routed blocks of a plan, in the form that :func:`diffcr_surgery.bench.hooks.attach` takes.
 
-    def __init__(self, plan: dcs.SurgeryPlan, ratio: float, device: torch.device) -> None:
+    Args:
+        plan: Says which blocks, and what goes with their tokens.
+        ratio: Share of the tokens that are merged away.
+        device: Where the model is.
+        skips: Whether each token keeps itself, and gets no more than its group's update.
+    """
+
+    def __init__(self, plan: dcs.SurgeryPlan, ratio: float, device: torch.device, skips: bool = False) -> None:
+        self.skips = skips
         self.tokens = plan.routed_sites[0].tokens
         self.kept = kept_count(ratio, self.tokens)
         self.sources, self.destinations = (index.to(device) for index in cells(round(self.tokens**0.5)))
@@ -102,19 +111,22 @@ class TokenMerging:
 
     def enter(self, site: object, stream: Tensor) -> Tensor:
         self.matching = match(stream, self.kept, self.sources, self.destinations, self.shared)
-        return merge(stream, self.matching)
+        merged = merge(stream, self.matching)
+        if self.skips:
+            self.whole, self.merged = stream, merged
+        return merged
 
     def pick(self, argument: Tensor, pattern: str) -> Tensor:
         return gather_tokens(argument, self.matching.order, pattern, self.tokens)
 
     def leave(self, site: object, stream: Tensor) -> Tensor:
-        return unmerge(stream, self.matching)
+        return self.whole + unmerge(stream - self.merged, self.matching) if self.skips else unmerge(stream, self.matching)
 
 
-def attach(model: nn.Module, plan: dcs.SurgeryPlan, ratio: float) -> None:
-    """Merge tokens around the routed blocks of a model that is not converted.
+def attach(model: nn.Module, plan: dcs.SurgeryPlan, ratio: float, skips: bool = False) -> None:
+    """Merge tokens around the routed blocks of a model that is not converted; `skips` as in `TokenMerging`.
 
     Raises:
         ValueError: If the ratio is more than merging can do.
     """
-    hooks.attach(model, plan, TokenMerging(plan, ratio, next(model.parameters()).device))
+    hooks.attach(model, plan, TokenMerging(plan, ratio, next(model.parameters()).device, skips))

@@ -113,7 +113,7 @@ def baseline(name: str, dense: nn.Module, plan: dcs.SurgeryPlan, ratio: float, s
     if name == "random":
         random_tokens.attach(model, plan, ratio, seed)
     else:
-        token_merging.attach(model, plan, ratio)
+        token_merging.attach(model, plan, ratio, skips=True)
     ratios = [1 - kept_count(ratio, site.tokens) / site.tokens for site in plan.routed_sites]
     return Arm(f"{name} {ratio:g}", model, statistics.fmean(ratios))
 

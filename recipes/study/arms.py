@@ -24,7 +24,7 @@ class Arm:
         title: Its row in the tables.
         kind: What bypasses: nothing, random tokens, merged ones, or those a router chooses.
         trained: Whether it is fine-tuned, as long as the dense model; if not, it is made of the fine-tuned dense model.
-        settings: Of the conversion, besides target and timestep range.
+        settings: Of the conversion, besides target and timestep range; of `TokenMerging`, if tokens are merged.
         rule: What moves the ratio table: nothing, `RatioOptimizer`, or the budget term in the loss and Adam, as in the paper.
         options: Of `RatioOptimizer`, where they are not the library's defaults.
         distill_weight: Weight of the squared distance to the dense model's prediction, added to the loss.
@@ -52,6 +52,7 @@ class Arm:
 
 
 LT = {"timestep_regions": 4}
+SKIPS = {"skips": True}
 
 
 def _changed(title: str, **changes: Any) -> Arm:
@@ -62,9 +63,9 @@ def _changed(title: str, **changes: Any) -> Arm:
 ARMS = {
     "dense": Arm("dense", "dense", targets=(0.0,)),
     "random-free": Arm("random tokens, training-free", "random", trained=False),
-    "merging-free": Arm("Token Merging, training-free", "merging", trained=False),
+    "merging-free": Arm("Token Merging, training-free", "merging", trained=False, settings=SKIPS),
     "random": Arm("random tokens", "random"),
-    "merging": Arm("Token Merging", "merging"),
+    "merging": Arm("Token Merging", "merging", settings=SKIPS),
     "uniform": Arm("uniform (Mixture-of-Depths)", rule="fixed"),
     "layers": Arm("DiffCR-L"),
     "regions-4": Arm("DiffCR-LT, 4 regions", settings=LT),

@@ -196,7 +196,7 @@ def _made(experiment: Experiment, models: Models) -> tuple[nn.Module, Record]:
         dcs.convert_(model, example, arm.config(target))
         found["settings"] = settings_of(arm, target)
     else:
-        found["ratio"] = _shorten(model, arm.kind, plan, example, share, experiment)
+        found["ratio"] = _shorten(model, plan, example, share, experiment)
     if arm.trained:
         found["train_seconds"] = _finetune(model, arm, models)
     if arm.kind == "routed":
@@ -281,17 +281,17 @@ def routing_maps(model: nn.Module, task: Task) -> list[list[str]]:
     return maps
 
 
-def _shorten(model: nn.Module, kind: str, plan: dcs.SurgeryPlan, example: dict[str, Any], share: float, experiment: Experiment) -> float:
+def _shorten(model: nn.Module, plan: dcs.SurgeryPlan, example: dict[str, Any], share: float, experiment: Experiment) -> float:
     """Have random tokens bypass the blocks, or merge tokens around them, in place; return the compression ratio.
 
     As many are left as make the model cost the given share of FLOPs: finding out which to merge has its price, too.
     """
-    device, tokens = next(model.parameters()).device, plan.routed_sites[0].tokens
+    arm, device, tokens = ARMS[experiment.arm], next(model.parameters()).device, plan.routed_sites[0].tokens
 
     def attach(kept: int) -> list[RemovableHandle]:
-        ratio = 1 - kept / tokens
-        way: Any = RandomTokens(plan, ratio, experiment.seed, device) if kind == "random" else TokenMerging(plan, ratio, device)
-        return hooks.attach(model, plan, way)
+        ratio, way = 1 - kept / tokens, {"random": RandomTokens, "merging": TokenMerging}[arm.kind]
+        given: dict[str, Any] = {"seed": experiment.seed} if arm.kind == "random" else dict(arm.settings)
+        return hooks.attach(model, plan, way(plan, ratio, device=device, **given))
 
     def flops(kept: int) -> int:
         handles = attach(kept)

@@ -1,5 +1,7 @@
 """Token merging, the baseline that the bench compares with: what is averaged, what is copied, what stays."""
 
+import copy
+
 import pytest
 import torch
 from baselines import token_merging as merging
@@ -87,6 +89,23 @@ def test_tables_by_token_follow_the_tokens_that_remain():
     assert torch.equal(positions, model.table[matching.order[0]])
     assert out.shape == (2, TOKENS, WIDTH)
     assert [len(block.seen[0][1]) for block in model.blocks] == [TOKENS // 2] * 2
+
+
+@torch.no_grad()
+def test_with_skips_a_token_keeps_itself_and_gets_what_the_block_adds_to_its_group():
+    model = TableModel(TOKENS, shared=True).eval()
+    model.blocks = model.blocks[:1]
+    x, block = torch.randn(2, TOKENS, WIDTH), copy.deepcopy(model.blocks[0])
+    inputs = {"x": x, "timestep": torch.tensor([3, 3])}
+    merging.attach(model, dcs.plan(model, inputs), 0.5, skips=True)
+    out, matching = model(**inputs), matched(x, 0.5, shared=True)
+    groups = merging.merge(x, matching)
+    added = block(groups, positions=model.table[matching.order[0]]) - groups
+    place = {token: i for i, token in enumerate(matching.order[0].tolist())}
+    into = {token: int(matching.destinations[i]) for token, i in zip(matching.merged[0].tolist(), matching.into[0].tolist(), strict=True)}
+    assert len(into) == TOKENS // 2
+    expected = torch.stack([x[:, token] + added[:, place[into.get(token, token)]] for token in range(TOKENS)], dim=1)
+    torch.testing.assert_close(out, expected)
 
 
 def test_more_than_the_sources_cannot_be_merged():

@@ -26,16 +26,22 @@ class RatioOptimizer(torch.optim.Optimizer):
     With one optimizer for all, the budget's gradient is large and equal for all entries, the diffusion loss's is small and noisy, and the
     table rises in unison. Here the two have separate paths: after each step
 
-        ρ ← Π(ρ − η · (ĥ − mean ĥ) / √v)
+        ρ ← Π(ρ − η · s · d),  d = (ĥ − mean ĥ) / √v,  s = max(0, 1 − E / ‖d‖²)
 
     where ĥ is the moving average of the diffusion loss's gradient over what a little more ratio saves at the entry (1 if tokens are what
     counts), advanced only for the regions the batch saw, and v the moving average of its variance over the entries a batch saw. So a
     step is as long as the gradient stands out of its noise, whatever the scale of the loss, and entries keep their proportions, which
     Adam's second moment of each would take from them. The gradient of a region that made up a part of the samples since the last step is
-    divided by that part, so that batches of one region and mixed ones lead to the same. At rest all entries between the bounds cost the
-    loss equally much for what they save. Π shifts the table to the scheduled saving and clips it to ``[0, max_ratio]``. The saving ramps
-    linearly from its value at the start to the target; η falls linearly to 0. With ``settle`` the table then stands at the bins inference
-    runs at, and the weights have the rest of the training to get used to them. No budget term is needed in the loss.
+    divided by that part, so that batches of one region and mixed ones lead to the same.
+
+    E is what ‖d‖² would be if gradients were noise alone, and s the factor of the positive-part James-Stein estimator ("Estimation with
+    quadratic loss", 1961): a table of many regions, each of them seldom seen, is not moved by chance, and a first gradient, which nothing
+    confirms yet, moves none.
+
+    At rest all entries between the bounds cost the loss equally much for what they save. Π shifts the table to the scheduled saving and
+    clips it to ``[0, max_ratio]``. The saving ramps linearly from its value at the start to the target; η falls linearly to 0. With
+    ``settle`` the table then stands at the bins inference runs at, and the weights have the rest of the training to get used to them. No
+    budget term is needed in the loss.
 
     Under DDP and ``fully_shard`` the gradient is averaged over all processes, and every process takes the same step.
 
@@ -43,7 +49,7 @@ class RatioOptimizer(torch.optim.Optimizer):
         model: A converted model, bare or wrapped; its ratio table is the only parameter.
         total_steps: Number of training steps; the ramp takes ``ramp`` of them.
         lr: η at the start.
-        averaging: Decay of the moving averages, in [0, 1).
+        averaging: Decay of the moving averages, in (0, 1).
         ramp: Share of ``total_steps`` after which the target is reached, in (0, 1].
         settle: Share of ``total_steps``, the last ones, in which the table stands, in [0, 1); ``ramp + settle`` is at most 1.
 
@@ -76,11 +82,11 @@ class RatioOptimizer(torch.optim.Optimizer):
         settle: float = 0.0,
     ) -> None:
         state = state_of(model)
-        fits = total_steps >= 1 and lr >= 0.0 and 0.0 <= averaging < 1.0 and 0.0 < ramp <= 1.0 and 0.0 <= settle <= 1.0 - ramp + 1e-9
+        fits = total_steps >= 1 and lr >= 0.0 and 0.0 < averaging < 1.0 and 0.0 < ramp <= 1.0 and 0.0 <= settle <= 1.0 - ramp + 1e-9
         if not fits:
             raise ConfigError(
                 f"RatioOptimizer got total_steps={total_steps}, lr={lr}, averaging={averaging}, ramp={ramp}, settle={settle}; expected "
-                "total_steps >= 1, lr >= 0, averaging in [0, 1), ramp in (0, 1] and settle in [0, 1 - ramp]."
+                "total_steps >= 1, lr >= 0, averaging in (0, 1), ramp in (0, 1] and settle in [0, 1 - ramp]."
             )
         if state.specialized or not state.config.learn_ratios:
             raise ConfigError("RatioOptimizer needs learnable ratios: convert with learn_ratios=True, and train before specialize_.")
@@ -162,6 +168,7 @@ class RatioOptimizer(torch.optim.Optimizer):
         direction = self._direction(state, None if gradient is None else gradient / slopes, group["averaging"])
         known = (state["seen"] > 0).to(table)  # regions no batch has shown yet have no say
         direction = (direction - (direction * known).sum() / (known.sum() * len(table)).clamp_min(1.0)) * known
+        direction *= _above_noise(direction, state["seen"], group["averaging"])
         left = max(0.0, 1.0 - (state["step"] - 1) / moving)
         share = min(1.0, state["step"] / max(1.0, group["ramp"] * group["total_steps"]))
         saving = state["start"] + share * (self._diffcr.target_saving - state["start"])
@@ -195,14 +202,26 @@ class RatioOptimizer(torch.optim.Optimizer):
             average[:, shown] = averaging * average[:, shown] + (1.0 - averaging) * gradient[:, shown].float()
             if bool(shown.any()):
                 own = gradient[:, shown]
-                centred = own - own.mean() if own.numel() > 1 else own
+                usual = own if own.numel() > 1 else (average / (1.0 - averaging**seen).clamp_min(1e-12))[:, seen > 0]
+                deviation = (own - usual.mean()).square().sum() / max(1, own.numel() - 1)
                 state["updates"] += 1
-                state["noise"] = averaging * state["noise"] + (1.0 - averaging) * float(centred.square().mean())
+                state["noise"] = averaging * state["noise"] + (1.0 - averaging) * float(deviation)
         if not state["noise"]:
             return torch.zeros_like(average)
         corrected = average / (1.0 - averaging**seen).clamp_min(1e-12)
         noise = math.sqrt(state["noise"] / (1.0 - averaging ** state["updates"]))
         return corrected / noise
+
+
+def _above_noise(direction: torch.Tensor, seen: torch.Tensor, averaging: float) -> float:
+    """Return which part of a direction, in units of one gradient's noise, is more than averages of noise alone would give."""
+    found = float(direction.square().sum())
+    if not found:
+        return 0.0
+    count = seen[seen > 0].double()
+    variance = (1.0 - averaging) / (1.0 + averaging) * (1.0 + averaging**count) / (1.0 - averaging**count)  # of an average's entry
+    expected = (len(direction) - 1 / len(count)) * float(variance.sum())  # less one degree of freedom, for the mean
+    return max(0.0, 1.0 - expected / found)
 
 
 def _check_learned(state: DiffCRState) -> None:

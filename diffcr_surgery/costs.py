@@ -14,6 +14,7 @@ from torch import fx
 
 from diffcr_surgery.config import DiffCRConfig
 from diffcr_surgery.errors import ConfigError
+from diffcr_surgery.flops import flop_counter
 from diffcr_surgery.rewrite import Decision, RoutedCall, RouteTokens
 from diffcr_surgery.router import Router
 from diffcr_surgery.trace.key import Call, model_device
@@ -83,9 +84,7 @@ def _read(
         meter = _Meter(model, result.graph, lambda: _clock(device))
         meter.run(*inputs)
     else:
-        from torch.utils.flop_counter import FlopCounterMode  # takes longer to import than all of this package
-
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             meter = _Meter(model, result.graph, lambda: float(counter.get_total_flops()))
             meter.run(*inputs)
     meter.settle(None)

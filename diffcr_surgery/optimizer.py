@@ -35,7 +35,7 @@ class RatioOptimizer(torch.optim.Optimizer):
     divided by that part, so that batches of one region and mixed ones lead to the same.
 
     E is what ‖d‖² would be if gradients were noise alone, and s the factor of the positive-part James-Stein estimator ("Estimation with
-    quadratic loss", 1961): a table of many regions, each of them seldom seen, is not moved by chance, and a first gradient, which nothing
+    quadratic loss", 1961): a table of many regions, each of them seldom seen, is moved less by chance, and a first gradient, which nothing
     confirms yet, moves none.
 
     At rest all entries between the bounds cost the loss equally much for what they save. Π shifts the table to the scheduled saving and
@@ -172,7 +172,8 @@ class RatioOptimizer(torch.optim.Optimizer):
         left = max(0.0, 1.0 - (state["step"] - 1) / moving)
         share = min(1.0, state["step"] / max(1.0, group["ramp"] * group["total_steps"]))
         saving = state["start"] + share * (self._diffcr.target_saving - state["start"])
-        return budget.project(table - group["lr"] * left * direction, saving), state
+        step = (group["lr"] * left * direction).clamp(-1.0, 1.0)  # from bound to bound at most
+        return budget.project(table - step, saving), state
 
     def _gradient(self, parameter: torch.Tensor) -> torch.Tensor | None:
         own = parameter.grad
@@ -202,15 +203,19 @@ class RatioOptimizer(torch.optim.Optimizer):
             average[:, shown] = averaging * average[:, shown] + (1.0 - averaging) * gradient[:, shown].float()
             if bool(shown.any()):
                 own = gradient[:, shown]
-                usual = own if own.numel() > 1 else (average / (1.0 - averaging**seen).clamp_min(1e-12))[:, seen > 0]
+                usual = own if own.numel() > 1 else _corrected(average, seen, averaging)[:, seen > 0]
                 deviation = (own - usual.mean()).square().sum() / max(1, own.numel() - 1)
                 state["updates"] += 1
                 state["noise"] = averaging * state["noise"] + (1.0 - averaging) * float(deviation)
         if not state["noise"]:
             return torch.zeros_like(average)
-        corrected = average / (1.0 - averaging**seen).clamp_min(1e-12)
         noise = math.sqrt(state["noise"] / (1.0 - averaging ** state["updates"]))
-        return corrected / noise
+        return _corrected(average, seen, averaging) / noise
+
+
+def _corrected(average: torch.Tensor, seen: torch.Tensor, averaging: float) -> torch.Tensor:
+    """Return moving averages that started at 0, ``l r``, as means of what they have seen; 0 where that is nothing."""
+    return average / torch.where(seen > 0, 1.0 - averaging ** seen.double(), 1.0)
 
 
 def _above_noise(direction: torch.Tensor, seen: torch.Tensor, averaging: float) -> float:

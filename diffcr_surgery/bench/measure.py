@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from diffcr_surgery import SurgeryPlan
 from diffcr_surgery.bench.hooks import stream_of
@@ -19,7 +18,7 @@ from diffcr_surgery.runtime.execute import prepare
 from diffcr_surgery.tokens import per_sample
 from diffcr_surgery.trace.key import bind_call
 
-__all__ = ["achieved_ratio", "count_flops", "peak_bytes", "routing_share", "seconds_in_turns"]
+__all__ = ["achieved_ratio", "peak_bytes", "routing_share", "seconds_in_turns"]
 
 Call = Callable[[], object]
 
@@ -67,14 +66,6 @@ def peak_bytes(call: Call, cuda: bool) -> int:
             held += event.nbytes()
             peak = max(peak, held)
     return peak
-
-
-def count_flops(call: Call) -> int:
-    """Return the floating-point operations of a call as they are executed. A converted model's first call runs more than later ones."""
-    with FlopCounterMode(display=False) as counter:
-        call()
-    total: int = counter.get_total_flops()
-    return total
 
 
 class _Shares(fx.Interpreter):

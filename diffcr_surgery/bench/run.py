@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
-from diffcr_surgery.bench.measure import achieved_ratio, count_flops, peak_bytes, routing_share, seconds_in_turns
+from diffcr_surgery.bench.measure import achieved_ratio, peak_bytes, routing_share, seconds_in_turns
 from diffcr_surgery.bench.models import FAMILIES, build
 from diffcr_surgery.bench.report import Row, compare, draw_latency, median_speed_up, results_table
 from diffcr_surgery.bench.sides import ROUTED, Merging, Side, build_sides, load_merging
 from diffcr_surgery.demo.report import processor_name
 from diffcr_surgery.errors import ConfigError
+from diffcr_surgery.flops import count_flops
 
 __all__ = ["BASELINE", "Settings", "run_bench"]
 

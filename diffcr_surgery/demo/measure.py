@@ -11,10 +11,10 @@ import torch
 from sklearn.svm import SVC
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from diffcr_surgery.demo.data import CLASSES, IMAGE_SIZE, Split
 from diffcr_surgery.demo.diffusion import add_noise, region_timesteps
+from diffcr_surgery.flops import count_flops
 
 __all__ = ["DigitReader", "Step", "flops_per_step", "held_out_loss", "latencies_ms"]
 
@@ -82,9 +82,7 @@ def flops_per_step(model: nn.Module, steps: list[Step]) -> float:
     total = 0
     for step in steps:
         step.run(model)  # a converted model's first call of a kind also records its graph, which is not to be counted
-        with FlopCounterMode(display=False) as counter:
-            step.run(model)
-        total += counter.get_total_flops()
+        total += count_flops(lambda step=step: step.run(model))
     return total / len(steps)
 
 

@@ -30,10 +30,11 @@ from torch import Tensor, nn
 
 import diffcr_surgery as dcs
 from diffcr_surgery.bench.hooks import stream_of
-from diffcr_surgery.bench.measure import count_flops, peak_bytes, seconds_in_turns
+from diffcr_surgery.bench.measure import peak_bytes, seconds_in_turns
 from diffcr_surgery.demo.data import load_splits
 from diffcr_surgery.demo.diffusion import sample
 from diffcr_surgery.demo.run import new_denoiser
+from diffcr_surgery.flops import count_flops
 from diffcr_surgery.plan import BlockSite
 from diffcr_surgery.tokens import kept_count
 

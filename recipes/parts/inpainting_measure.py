@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from parts.inpainting_model import Example, Inpainter, PixelSpace, VaeSpace, add_tokens, prepare
 from parts.objectives import NoisePrediction
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+
+from diffcr_surgery.flops import count_flops
 
 __all__ = ["draw_cost", "held_out_loss", "hole_costs", "inpaint", "masked_psnr"]
 
@@ -120,9 +121,7 @@ def hole_costs(
 
 def _flops(call: Callable[[], Tensor]) -> int:
     call()  # a converted model's first call of a kind records its graph, which is not to be counted
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
+    return count_flops(call)
 
 
 def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:

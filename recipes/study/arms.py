@@ -67,6 +67,7 @@ ARMS = {
     "random": Arm("random tokens", "random"),
     "merging": Arm("Token Merging", "merging", settings=SKIPS),
     "uniform": Arm("uniform (Mixture-of-Depths)", rule="fixed"),
+    "uniform-ramped": Arm("uniform, ramped in as learned ratios are", options={"lr": 0.0}),
     "layers": Arm("DiffCR-L"),
     "regions-4": Arm("DiffCR-LT, 4 regions", settings=LT),
     "regions-10": Arm("DiffCR-LT, 10 regions", settings={"timestep_regions": 10}),

@@ -22,8 +22,9 @@ from torch.utils.hooks import RemovableHandle
 
 import diffcr_surgery as dcs
 from diffcr_surgery.bench import hooks
-from diffcr_surgery.bench.measure import count_flops, seconds_in_turns
+from diffcr_surgery.bench.measure import seconds_in_turns
 from diffcr_surgery.demo.report import processor_name
+from diffcr_surgery.flops import count_flops
 from diffcr_surgery.ratios import Budget
 from diffcr_surgery.tokens import kept_count, rank_tokens
 from study.arms import ARMS, BINS, Arm, Experiment
@@ -32,7 +33,7 @@ from study.training import PapersRule, Rule, Schedule, Teacher, held_out_losses,
 
 __all__ = ["SIZES", "Place", "Record", "Size", "key_of", "prepare", "run"]
 
-VERSION = 1  # of what a record stands for; records of another one are not read
+VERSION = 1  # of the code behind records and weights: to be raised with every change of it that changes what comes out
 SHOWN = 4  # held-out images whose routing is kept
 DIGITS = string.digits + string.ascii_lowercase
 SEARCHED = 24  # numbers of kept tokens tried for equal cost
@@ -55,7 +56,8 @@ class Size:
         lr: Highest learning rate of the fine-tuning, of weights and routers.
         samples: Images drawn of each arm; of photographs, no more than there are held-out crops.
         sample_steps: Denoising steps of a sample; a multiple of the parts of the timestep range.
-        sample_batch: Images at a time, in drawing and in timing.
+        sample_batch: Images at a time, in drawing and in the held-out loss.
+        timed_batch: Images at a time, in timing.
         rounds: How often each call is timed.
     """
 
@@ -69,15 +71,29 @@ class Size:
     lr: float
     samples: int
     sample_batch: int
+    timed_batch: int
     rounds: int
     sample_steps: int = PARTS
 
 
 SIZES = {
-    "smoke": Size(16, 2, 2, base_steps=4, steps=10, batch=2, base_lr=3e-3, lr=1e-3, samples=8, sample_batch=8, rounds=1),
-    "small": Size(64, 6, 2, base_steps=3000, steps=1200, batch=8, base_lr=2e-3, lr=1e-3, samples=600, sample_batch=32, rounds=5),
+    "smoke": Size(16, 2, 2, base_steps=4, steps=10, batch=2, base_lr=3e-3, lr=1e-3, samples=8, sample_batch=8, timed_batch=2, rounds=1),
+    "small": Size(
+        64, 6, 2, base_steps=3000, steps=1200, batch=8, base_lr=2e-3, lr=1e-3, samples=600, sample_batch=32, timed_batch=16, rounds=11
+    ),
     "large": Size(
-        384, 12, 6, base_steps=100_000, steps=50_000, batch=128, base_lr=3e-4, lr=1e-4, samples=10_000, sample_batch=500, rounds=21
+        384,
+        12,
+        6,
+        base_steps=100_000,
+        steps=50_000,
+        batch=128,
+        base_lr=3e-4,
+        lr=1e-4,
+        samples=10_000,
+        sample_batch=500,
+        timed_batch=500,
+        rounds=21,
     ),
 }
 
@@ -144,8 +160,12 @@ class Models:
         """Return that model fine-tuned as it is, for as long as the arms and on the same data."""
         return self._kept("dense", self.base(), self.finetuning(), 10 * self.seed + 1)
 
+    def _version(self) -> str:
+        s = self.size
+        return _digest(VERSION, s.width, s.depth, s.heads, s.base_steps, s.base_lr, s.steps, s.lr, s.batch)
+
     def _kept(self, name: str, model: nn.Module, schedule: Schedule, seed: int) -> nn.Module:
-        path = self.place.folder / f"{self.task.name}-{self.seed}-{_digest(asdict(self.size))}-{name}.safetensors"
+        path = self.place.folder / f"{self.task.name}-{self.seed}-{self._version()}-{name}.safetensors"
         if path.exists():
             model.load_state_dict(load_file(path, device=self.place.device))
         else:
@@ -314,20 +334,23 @@ def _flops(model: nn.Module, call: dict[str, Any]) -> int:
 
 
 def _costs(model: nn.Module, dense: nn.Module, task: Task, size: Size) -> Record:
-    """Count and time a call of the model, next to the dense one's, in turns; means over regions that a sampler visits equally often."""
+    """Count and time a call of the model, next to the dense one's, in turns; means over regions that a sampler visits equally often.
+
+    A latency's share is the median over the rounds, in each of which the two run within seconds of each other.
+    """
     regions = model.diffcr.plan.regions.count if hasattr(model, "diffcr") else 1
-    batch = task.wanted(size.sample_batch).to(next(model.parameters()).device)
+    batch = task.wanted(size.timed_batch).to(next(model.parameters()).device)
     calls = [call_of(batch, int((region + 0.5) * TIMESTEPS / regions)) for region in range(regions)]
     with torch.inference_mode():
         timed = [functools.partial(dense, **calls[0]), *(functools.partial(model, **call) for call in calls)]
-        seconds = [statistics.median(column) for column in seconds_in_turns(timed, size.rounds, batch.clean.is_cuda)]
-    own, reference = statistics.fmean(seconds[1:]), seconds[0]
+        reference, *others = seconds_in_turns(timed, size.rounds, batch.clean.is_cuda)
+    own = [statistics.fmean(turn) for turn in zip(*others, strict=True)]
     flops = statistics.fmean(_flops(model, call) for call in calls) / len(batch)
     return {
         "flops": flops,
         "flops_share": flops * len(batch) / _flops(dense, calls[0]),
-        "latency_ms": 1e3 * own,
-        "latency_share": own / reference,
+        "latency_ms": 1e3 * statistics.median(own),
+        "latency_share": statistics.median(a / b for a, b in zip(own, reference, strict=True)),
     }
 
 

@@ -81,7 +81,7 @@ class Metric:
 
 LOSS = Metric("held-out loss", lambda record: record["loss"], 4)
 FID = Metric("FID", lambda record: record["distances"]["fid"], 3)
-KID = Metric("KID × 1000", lambda record: record["distances"]["kid"], 2, 1000)
+KID = Metric("KID × 1000", lambda record: record["distances"]["kid"] if record["psnr"] is None else None, 2, 1000)
 READ = Metric("recognised", lambda record: record["accuracy"], 3)
 PSNR = Metric("masked PSNR, dB", lambda record: record["psnr"], 2)
 RATIO = Metric("ratio", lambda record: record["ratio"], 3)

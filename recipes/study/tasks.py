@@ -131,12 +131,15 @@ def draw(task: Task, model: nn.Module, wanted: Batch, *, steps: int, seed: int, 
     """
     scheduler = DDIMScheduler(**_scheduler(task.objective.name), timestep_spacing="trailing", clip_sample=task.objective.name == "epsilon")
     scheduler.set_timesteps(steps)
-    noise = torch.randn(wanted.clean.shape, generator=torch.Generator().manual_seed(seed))
+    start = torch.randn(wanted.clean.shape, generator=torch.Generator().manual_seed(seed))
     drawn = []
-    for x, piece in zip(noise.split(batch), wanted.split(batch), strict=True):
-        x = x.to(piece.clean)
+    for noise, piece in zip(start.split(batch), wanted.split(batch), strict=True):
+        x = noise = noise.to(piece.clean)
         for timestep in scheduler.timesteps:
-            predicted = model(x=x, timestep=timestep.to(x.device).expand(len(x)), **piece.known)
+            timesteps = timestep.to(x.device).expand(len(x))
+            # Where the loss does not count, predictions are untrained, and training has shown zeros beneath the noise.
+            x = torch.where(piece.counts > 0, x, scheduler.add_noise(torch.zeros_like(noise), noise, timesteps))
+            predicted = model(x=x, timestep=timesteps, **piece.known)
             x = scheduler.step(predicted, timestep, x).prev_sample
         drawn.append(x)
     return torch.cat(drawn)

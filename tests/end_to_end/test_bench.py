@@ -13,11 +13,12 @@ from matplotlib.image import imread
 
 import diffcr_surgery as dcs
 from diffcr_surgery.bench.hooks import Limit, attach
-from diffcr_surgery.bench.measure import achieved_ratio, count_flops
+from diffcr_surgery.bench.measure import achieved_ratio
 from diffcr_surgery.bench.models import FAMILIES
 from diffcr_surgery.bench.run import BASELINE
 from diffcr_surgery.bench.sides import build_sides, load_merging, share
 from diffcr_surgery.cli import main
+from diffcr_surgery.flops import count_flops
 
 SMALL = ["bench", "--model", "dit-xl-2", "--layers", "2", "--rounds", "2"]
 COLUMNS = (

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import diffcr_surgery as dcs
 from diffcr_surgery.errors import ConfigError
+from diffcr_surgery.flops import count_flops, flop_counter
 from tests.models import CASES, Size
 
 SIZE = Size(8, 8, 7)
@@ -22,10 +23,36 @@ def flops(model: nn.Module, inputs: dict[str, Any]) -> dict[str, int]:
     """FLOPs of a call by module, and under the empty name those of the whole."""
     with torch.no_grad():
         model(**inputs)
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             model(**inputs)
     counts = {name.partition(".")[2]: sum(c.values()) for name, c in counter.get_flop_counts().items() if name != "Global"}
     return counts | {"": counter.get_total_flops()}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_attention_is_counted_where_torch_runs_it_as_one_kernel(masked: bool, gradients: bool) -> None:
+    batch, heads, queries, keys, width = 2, 3, 5, 7, 4
+    query, key = (torch.randn(batch, heads, tokens, width, requires_grad=gradients) for tokens in (queries, keys))
+    mask = torch.ones(queries, keys, dtype=torch.bool) if masked else None
+    counted = count_flops(lambda: nn.functional.scaled_dot_product_attention(query, key, key, mask))
+    assert counted == 2 * (2 * batch * heads * queries * keys * width)
+
+
+def test_what_blocks_cost_is_their_products_written_out() -> None:
+    """Of timm's ViT: four products of all kept tokens with weights, two of them with each other; the router's own beside them."""
+    tokens, width, blocks = 64, 16, 2
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=128, embed_dim=width, depth=blocks, num_heads=2, class_token=False, global_pool="avg"
+    )
+    given = {"x": torch.randn(1, 3, 128, 128)}
+    plan = dcs.plan(model, given, dcs.DiffCRConfig(cost="flops", bins=(0.0, 0.25, 0.5), max_ratio=0.5))
+    whole = count_flops(lambda: model(**given))
+    for shares in plan.site_costs:
+        for share, kept in zip(shares, (64, 48, 32), strict=True):
+            block = 2 * kept * 12 * width**2 + 4 * kept**2 * width
+            router = 2 * tokens * width if kept < tokens else 0
+            assert share * whole == pytest.approx(block + router, rel=0.01)
 
 
 @pytest.mark.parametrize("name", CASES)

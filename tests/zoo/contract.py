@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import diffcr_surgery as dcs
 from diffcr_surgery.errors import NoRoutableBlockError, TimestepError
+from diffcr_surgery.flops import flop_counter
 from diffcr_surgery.tokens import kept_count
 from tests.zoo.entry import Entry, sample, tensors
 
@@ -95,7 +95,7 @@ def a_block_costs_what_its_kept_tokens_cost(entry: Entry) -> None:
         with torch.no_grad():
             dcs.ratio_table(model).fill_(ratio)
             model(**inputs)
-            with FlopCounterMode(display=False) as counter:
+            with flop_counter() as counter:
                 model(**inputs)
         counts = counter.get_flop_counts()
         flops[ratio] = {s.path: sum(counts[f"{type(model).__name__}.{s.path}"].values()) for s in plan.routed_sites}

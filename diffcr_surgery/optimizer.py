@@ -32,11 +32,11 @@ class RatioOptimizer(torch.optim.Optimizer):
     counts), advanced only for the regions the batch saw, and v the moving average of its variance over the entries a batch saw. So a
     step is as long as the gradient stands out of its noise, whatever the scale of the loss, and entries keep their proportions, which
     Adam's second moment of each would take from them. The gradient of a region that made up a part of the samples since the last step is
-    divided by that part, so that batches of one region and mixed ones lead to the same.
+    divided by that part, so that batches of one region and mixed ones tell the same of an entry.
 
-    E is what ‖d‖² would be if gradients were noise alone, and s the factor of the positive-part James-Stein estimator ("Estimation with
-    quadratic loss", 1961): a table of many regions, each of them seldom seen, is moved less by chance, and a first gradient, which nothing
-    confirms yet, moves none.
+    E is what ‖d‖² would be if gradients were noise alone, and s a factor in the manner of the positive-part James-Stein estimator
+    ("Estimation with quadratic loss", 1961): a table of many regions, each of them seldom seen, is moved less by chance, and a first
+    gradient, which nothing confirms yet, moves none.
 
     At rest all entries between the bounds cost the loss equally much for what they save. Π shifts the table to the scheduled saving and
     clips it to ``[0, max_ratio]``. The saving ramps linearly from its value at the start to the target; η falls linearly to 0. With

@@ -18,14 +18,15 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from study.arms import ARMS, TARGETS, VARIANT_TARGET
-from study.experiment import Record
+from study.arms import ARMS, TARGETS, VARIANT_TARGET, Experiment
+from study.experiment import Record, key_of
 from study.runner import read_records
 from study.tasks import TASKS, task_named
 
 __all__ = ["Spread", "difference", "write_report"]
 
 REFERENCE, OURS = "uniform", "regions-4"
+CLAIMS = ((OURS, REFERENCE), (OURS, "uniform-ramped"), (OURS, "layers"), ("regions-10", OURS))  # at every target
 FINDINGS = re.compile(r"<!-- findings -->\n(.*?)<!-- end of findings -->", re.DOTALL)  # written by hand, and kept
 
 
@@ -37,17 +38,19 @@ class Spread:
         mean: The mean.
         error: Standard deviation over the square root of the number of seeds; not a number for one seed.
         seeds: Number of seeds.
+        below: Number of seeds whose value is below 0.
     """
 
     mean: float
     error: float
     seeds: int
+    below: int
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
         """Return the spread of one value a seed."""
         error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-        return cls(statistics.fmean(values), error, len(values))
+        return cls(statistics.fmean(values), error, len(values), sum(value < 0 for value in values))
 
     @property
     def significance(self) -> float:
@@ -233,12 +236,15 @@ def verdicts(records: Records) -> list[str]:
     lines = []
     for task in TASKS:
         for target in TARGETS:
-            found = {name: records.spread(task, name, target, LOSS) for name, arm in ARMS.items() if arm.against is None and arm.trained}
+            seeds = records.of(task, REFERENCE, target).keys()
+            trained = [name for name, arm in ARMS.items() if arm.against is None and arm.trained]
+            ordered = [name for name in trained if records.of(task, name, target).keys() == seeds]
+            found = {name: records.spread(task, name, target, LOSS) for name in ordered}
             known = {name: spread.mean for name, spread in found.items() if spread is not None}
             if REFERENCE in known:
                 order = ", ".join(f"{ARMS[name].title} {LOSS.shown(found[name])}" for name in sorted(known, key=lambda name: known[name]))
                 lines.append(f"- {task}, {target:g}, from the lowest held-out loss: {order}.")
-            lines += _compared(records, task, target, OURS, REFERENCE)
+            lines += [line for arm, other in CLAIMS for line in _compared(records, task, target, arm, other)]
         lines += [line for arm in ("two", "layers-two") for line in _compared(records, task, VARIANT_TARGET, arm, str(ARMS[arm].against))]
         own, dense = records.of(task, OURS, 0.2), records.of(task, "dense", 0.2)
         shares = [own[seed]["distances"]["fid"] / dense[seed]["distances"]["fid"] for seed in own if seed in dense]
@@ -255,8 +261,18 @@ def _compared(records: Records, task: str, target: float, arm: str, other: str) 
     outcome = "better" if apart.significance < -2 else "worse" if apart.significance > 2 else "not told apart"
     return [
         f"- {task}, {target:g}: {ARMS[arm].title} against {ARMS[other].title}: held-out loss {LOSS.shown(apart, '+')} "
-        f"({apart.significance:+.1f} standard errors: {outcome}), FID {FID.shown(fid, '+')}."
+        f"({apart.significance:+.1f} standard errors: {outcome}; lower in {apart.below} of {apart.seeds} seeds), FID {FID.shown(fid, '+')}."
     ]
+
+
+def current(records: Sequence[Record]) -> list[Record]:
+    """Return the records of experiments as they would be run now."""
+
+    def key(record: Record) -> str | None:
+        experiment = Experiment(record["task"], record["arm"], record["target"], record["seed"])
+        return key_of(experiment, record["size"]) if experiment.arm in ARMS else None
+
+    return [record for record in records if record["key"] == key(record)]
 
 
 def about(records: Records) -> str:
@@ -271,7 +287,8 @@ def about(records: Records) -> str:
         f"{', '.join(versions)}: {hours:.1f} hours of one process. ± is the standard error over the seeds; differences are taken within "
         "seeds, in which all arms start from one dense model and see the same images, timesteps and noise in the same order. FLOPs and "
         "latency are shares of the dense model's; latencies are medians, in turns with the dense model, while other experiments kept the "
-        "other cores busy."
+        "other cores busy. FID of photographs is between filled crops and the same crops as they were; what is recognised there is what "
+        "the classifier takes for the same photograph as the crop as it was."
     )
 
 
@@ -282,12 +299,15 @@ def write_report(path: Path, out: Path) -> None:
         path: File of records.
         out: Folder to write to.
     """
-    records = Records(read_records(path))
+    every = read_records(path)
+    records = Records(current(every))
     pictures = out / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
     results = out / "RESULTS.md"
     kept = FINDINGS.search(results.read_text(encoding="utf-8")) if results.exists() else None
     parts = ["# Does it pay?", f"<!-- findings -->\n{kept[1] if kept else ''}<!-- end of findings -->", "## What was run", about(records)]
+    if others := len(every) - len(list(records)):
+        parts.append(f"{others} records of other settings, or of experiments run again, are left out.")
     parts += ["## The claims, in figures", "\n".join(verdicts(records)) or "Not all arms have been run yet."]
     for task in TASKS:
         parts.append(f"## {task.capitalize()}")

@@ -13,9 +13,9 @@ import torch
 from study import arms, experiment
 from study.arms import ARMS, Experiment, chosen
 from study.experiment import SIZES, Record, key_of
-from study.report import FID, LOSS, Records, Spread, difference, variant_table, write_report
+from study.report import FID, LOSS, Records, Spread, difference, variant_table, verdicts, write_report
 from study.runner import read_records
-from study.tasks import PARTS, Task, part_timesteps, task_named
+from study.tasks import PARTS, Task, draw, part_timesteps, task_named
 from study.training import Schedule, train
 
 import diffcr_surgery as dcs
@@ -26,7 +26,8 @@ BOTH = ("digits", "photographs")
 def record(task: str, arm: str, target: float, seed: int, loss: float, **more: Any) -> Record:
     """What an experiment leaves."""
     table = [[0.0, 0.2], [0.4, 0.6]]
-    found = {"key": f"{task}{arm}{target}{seed}", "task": task, "arm": arm, "target": target, "seed": seed, "size": "small", "base": "x"}
+    key = key_of(Experiment(task, arm, target, seed), "small")
+    found = {"key": key, "task": task, "arm": arm, "target": target, "seed": seed, "size": "small", "base": "x"}
     found |= {"losses": [loss] * PARTS, "loss": loss, "distances": {"fid": 10 * loss, "kid": loss / 100, "kid_std": 0.0, "kid_subset": 500}}
     found |= {"accuracy": 0.9, "psnr": None if task == "digits" else 20.0, "ratio": target, "flops_share": 1 - target, "latency_share": 0.9}
     found |= {"train_seconds": 60.0, "seconds": 90.0, "device": "a processor", "torch": "2", "table": table, "executed": table}
@@ -147,12 +148,56 @@ def test_the_report(tmp_path: Path) -> None:
     assert "- digits, 0.2: FID of DiffCR-LT, 4 regions is 1.254 ± 0.001 of the dense model's." in text
     order = "dense 0.4000 ± 0.0000, DiffCR-LT, 4 regions 0.5015 ± 0.0005, DiffCR-L 0.5515 ± 0.0005, uniform"
     assert f"- digits, 0.5, from the lowest held-out loss: {order}" in text
-    assert re.search(r"digits, 0\.3: two branches against DiffCR-LT, 4 regions: .*\+0\.0200 .*: worse\)", text)
-    assert re.search(r"digits, 0\.3: two branches against DiffCR-L: .*-0\.0300 .*: better\)", text)
+    assert re.search(r"digits, 0\.5: DiffCR-LT, 4 regions against DiffCR-L: .*: better; lower in 2 of 2 seeds\)", text)
+    assert re.search(r"digits, 0\.3: two branches against DiffCR-LT, 4 regions: .*\+0\.0200 .*: worse; lower in 0 of 2 seeds\)", text)
+    assert re.search(r"digits, 0\.3: two branches against DiffCR-L: .*-0\.0300 .*: better; lower in 2 of 2 seeds\)", text)
     assert "| two branches | DiffCR-LT, 4 regions | 1.00× | 0.700 ± 0.000 | +0.0200 ± 0.0000 |" in text
     assert "| two branches | DiffCR-L | 1.00× | 0.700 ± 0.000 | -0.0300 ± 0.0000 |" in text
     for name in ("digits_trade_off", "digits_routing", "photographs_trade_off", "photographs_routing", "tables"):
         assert f"(pictures/{name}.png)" in text and (tmp_path / "pictures" / f"{name}.png").stat().st_size > 1000
+
+
+def test_records_of_other_settings_are_left_out(tmp_path: Path) -> None:
+    rows = [
+        record("digits", "uniform", 0.3, 1, 0.4),
+        record("digits", "layers", 0.3, 1, 0.3, key="of a year ago"),
+        record("digits", "uniform", 0.3, 1, 0.5),
+    ]
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_report(path, tmp_path)
+    text = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
+    assert "1 experiments of size" in text and "2 records of other settings, or of experiments run again, are left out." in text
+    assert "0.5000" in text and "0.4000" not in text and "0.3000" not in text
+
+
+def test_arms_of_other_seeds_are_not_put_in_order() -> None:
+    rows = [
+        record("digits", arm, 0.3, seed, 0.4)
+        for arm, seeds in (("uniform", (1, 2)), ("layers", (1,)), ("random", (1, 2)))
+        for seed in seeds
+    ]
+    (line,) = verdicts(Records(rows))
+    assert "uniform" in line and "random" in line and "DiffCR-L" not in line
+
+
+def test_what_lies_around_a_hole_is_denoised_from_what_training_has_shown() -> None:
+    """Predictions there are of no one's making, so they are not followed."""
+    task = task_named("photographs")
+    wanted, seen = task.wanted(2), []
+
+    class Wild(torch.nn.Module):
+        def forward(self, x: torch.Tensor, timestep: torch.Tensor, **known: Any) -> torch.Tensor:
+            seen.append((int(timestep[0]), x))
+            return 10.0 * torch.ones_like(x)
+
+    draw(task, Wild(), wanted, steps=PARTS, seed=3, batch=2)
+    noise = torch.randn(wanted.clean.shape, generator=torch.Generator().manual_seed(3))
+    outside = (wanted.counts == 0).expand_as(noise)
+    for timestep, x in seen:
+        shown, _ = task.objective.noisy_and_target(torch.zeros_like(noise), noise, torch.tensor([timestep] * 2))
+        assert torch.allclose(x[outside], shown[outside], atol=1e-6)
+    assert not torch.allclose(seen[-1][1][~outside], shown[~outside], atol=0.1)
 
 
 def test_findings_are_kept(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from sklearn.svm import SVC
@@ -82,7 +83,7 @@ def flops_per_step(model: nn.Module, steps: list[Step]) -> float:
     total = 0
     for step in steps:
         step.run(model)  # a converted model's first call of a kind also records its graph, which is not to be counted
-        total += count_flops(lambda step=step: step.run(model))
+        total += count_flops(partial(step.run, model))
     return total / len(steps)
 
 

@@ -144,6 +144,16 @@ def main_table(records: Records, task: str, target: float) -> str:
     return _table(["arm", *(metric.title for metric in metrics), "loss − uniform", "FID − uniform"], rows)
 
 
+def summary_table(records: Records) -> str:
+    """Return the held-out loss of the main arms, all tasks and targets in one table."""
+    rows = []
+    for name, arm in ARMS.items():
+        cells = [LOSS.shown(records.spread(task, name, target, LOSS)) for task in TASKS for target in TARGETS]
+        if arm.against is None and set(cells) != {"–"}:
+            rows.append([arm.title, *cells])
+    return _table(["held-out loss", *(f"{task}, {target:g}" for task in TASKS for target in TARGETS)], rows)
+
+
 def variant_table(records: Records, task: str) -> str:
     """Return arms with one thing changed, against those that they change, within seeds."""
     rows = []
@@ -308,7 +318,7 @@ def write_report(path: Path, out: Path) -> None:
     parts = ["# Does it pay?", f"<!-- findings -->\n{kept[1] if kept else ''}<!-- end of findings -->", "## What was run", about(records)]
     if others := len(every) - len(list(records)):
         parts.append(f"{others} records of other settings, or of experiments run again, are left out.")
-    parts += ["## The claims, in figures", "\n".join(verdicts(records)) or "Not all arms have been run yet."]
+    parts += ["## The claims, in figures", summary_table(records), "\n".join(verdicts(records)) or "Not all arms have been run yet."]
     for task in TASKS:
         parts.append(f"## {task.capitalize()}")
         for target in TARGETS:

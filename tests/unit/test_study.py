@@ -146,6 +146,8 @@ def test_the_report(tmp_path: Path) -> None:
     assert f"{len(rows)} experiments of size small, seeds 1, 2, on a processor" in text
     assert "- digits, 0.2: DiffCR-LT, 4 regions against uniform (Mixture-of-Depths): held-out loss -0.1000 ± 0.0000" in text
     assert "- digits, 0.2: FID of DiffCR-LT, 4 regions is 1.254 ± 0.001 of the dense model's." in text
+    assert "| held-out loss | digits, 0.2 | digits, 0.3 | digits, 0.5 | photographs, 0.2 |" in text
+    assert f"| uniform (Mixture-of-Depths) |{' 0.6015 ± 0.0005 |' * 6}" in text and "| two branches |  0.5215" not in text
     order = "dense 0.4000 ± 0.0000, DiffCR-LT, 4 regions 0.5015 ± 0.0005, DiffCR-L 0.5515 ± 0.0005, uniform"
     assert f"- digits, 0.5, from the lowest held-out loss: {order}" in text
     assert re.search(r"digits, 0\.5: DiffCR-LT, 4 regions against DiffCR-L: .*: better; lower in 2 of 2 seeds\)", text)

@@ -57,7 +57,8 @@ class DiffCRConfig:
         share_routing: Number of consecutive blocks for which the router of the first decides. Those of them that run at the same ratio keep
             the same tokens, and a specialised model gathers and scatters once for them.
         initial_ratio: Value of every ratio after conversion.
-        learn_ratios: ``False`` freezes the table: with ``initial_ratio=0.3`` this is uniform Mixture-of-Depths.
+        learn_ratios: ``False`` freezes the table: with ``initial_ratio=0.3`` this is uniform Mixture-of-Depths. That ratio becomes a bin
+            if it is none, or else some blocks would run below it and others above.
 
     Raises:
         ConfigError: If a value is out of range; the text names it.
@@ -111,6 +112,8 @@ class DiffCRConfig:
         if not isinstance(self.learn_ratios, bool):
             raise ConfigError(f"learn_ratios={shown(self.learn_ratios)}: expected True or False.")
         _check_blocks(self.blocks)
+        if not self.learn_ratios and len(self.bins) < MOST and min(abs(self.initial_ratio - b) for b in self.bins) >= CLOSEST_BINS:
+            object.__setattr__(self, "bins", tuple(sorted((*self.bins, self.initial_ratio))))
 
     def _settle_number(self, name: str, low: float, high: float) -> None:
         value = _number(getattr(self, name))

@@ -54,8 +54,8 @@ def site_costs(
     free = [site.path for site in routed.values() if not readings[0.0][-1].get(site.index)]
     if free:
         raise ConfigError(
-            f'cost="{config.cost}" counts nothing in {free[:3]}: torch runs the block as one operation of its own whose FLOPs it does not '
-            'count (turn that off by torch.backends.mha.set_fastpath_enabled(False)). Or use cost="tokens" or "latency".'
+            f'cost="{config.cost}" counts nothing in {free[:3]}: torch has no formula for the operations the blocks run. Use cost="tokens" '
+            'or "latency".'
         )
     groups = {site.index: (recording.blocks[node].kind, site.tokens, site.staying) for node, site in routed.items()}
     curves = []

@@ -69,13 +69,14 @@ class TimestepRegions:
         Raises:
             TimestepError: If it lies outside the range.
         """
-        if not self.low <= timestep <= self.high:
+        slack = 5e-7 * (self.high - self.low)  # in single precision, shift · 1 / (1 + (shift − 1) · 1) is more than 1 for some shifts
+        if not self.low - slack <= timestep <= self.high + slack:
             raise TimestepError(
                 f"Timestep {timestep:g} lies outside the range [{self.low:g}, {self.high:g}] the model was planned with; plan again with "
                 "timestep_range=(lowest, highest) that your sampler stays in."
             )
         # Multiplied first: 290 / 1000 * 100 is 28.99..., and 290 begins region 29.
-        return min(self.count - 1, int((timestep - self.low) * self.count / (self.high - self.low)))
+        return min(self.count - 1, max(0, int((timestep - self.low) * self.count / (self.high - self.low))))
 
     def of_call(self, model: torch.nn.Module, arguments: Mapping[str, Any]) -> list[int]:
         """Return the region of each sample of a call; one entry stands for the whole batch.

@@ -238,7 +238,8 @@ def ratio_loss(model: torch.nn.Module, *, return_parts: bool = False) -> torch.T
     Args:
         model: A converted model, bare or wrapped.
         return_parts: Whether to return numbers for a log too: ``ratio_loss``; ``saving`` and ``target_saving``, shares of the blocks' dense
-            cost; ``executed_saving``, that of the bins inference runs at; and ``mean_ratio``.
+            cost; ``executed_saving``, that of the bins inference runs at; and ``mean_ratio``, regions
+            weighted too.
 
     Raises:
         ConversionError: If the model is not converted.
@@ -262,6 +263,6 @@ def ratio_loss(model: torch.nn.Module, *, return_parts: bool = False) -> torch.T
         "saving": float(saving.detach()),
         "target_saving": state.target_saving,
         "executed_saving": float(state.budget.saving(state.executed_ratios())),
-        "mean_ratio": float(state.ratios().mean()),
+        "mean_ratio": float((state.ratios() * state.budget.region_weights).sum(1).mean()),
     }
     return loss, parts

@@ -126,6 +126,15 @@ def test_json_round_trip(config: DiffCRConfig) -> None:
     assert again.to_json() == config.to_json()
 
 
+@pytest.mark.parametrize("ratio", [0.25, 0.3, 0.0, 0.85])
+def test_a_frozen_ratio_is_one_that_is_executed(ratio: float) -> None:
+    """Rounded between two bins, the first blocks would take the lower and the last the higher."""
+    config = DiffCRConfig(initial_ratio=ratio, learn_ratios=False)
+    assert ratio in config.bins and set(DiffCRConfig().bins) <= set(config.bins)
+    assert DiffCRConfig.from_json(config.to_json()) == config
+    assert DiffCRConfig(initial_ratio=ratio).bins == DiffCRConfig().bins
+
+
 def test_json_is_versioned_strict_and_complete() -> None:
     data = json.loads(DiffCRConfig(timestep_range=(0, 1)).to_json(), parse_constant=pytest.fail)
     assert data.pop("version") == CONFIG_VERSION

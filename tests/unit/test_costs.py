@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import diffcr_surgery as dcs
+from diffcr_surgery import costs
 from diffcr_surgery.errors import ConfigError
 from diffcr_surgery.flops import count_flops, flop_counter
 from tests.models import CASES, Size
@@ -159,13 +162,27 @@ def test_costs_of_checkpointed_blocks_are_those_of_the_blocks() -> None:
     assert costs[0] == costs[1]
 
 
-def test_flops_that_torch_does_not_count_are_named() -> None:
-    """As one operation, the fast path of torch's own encoder layer."""
+def test_blocks_in_which_nothing_counts_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As were those of torch's own encoder layer, before its fast path had a formula."""
     layers = [nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(2)]
     model = nn.Sequential(*layers).eval().requires_grad_(False)
-    tokens = torch.randn(1, 20, 16)
-    with torch.no_grad(), pytest.raises(ConfigError, match=r'cost="flops" counts nothing in .*set_fastpath_enabled\(False\)'):
-        dcs.plan(model, (tokens,), dcs.DiffCRConfig(cost="flops"))
+    monkeypatch.setattr(costs, "flop_counter", partial(FlopCounterMode, display=False))
+    with torch.no_grad(), pytest.raises(ConfigError, match=r"""cost="flops" counts nothing in \['0', '1'\]"""):
+        dcs.plan(model, (torch.randn(1, 20, 16),), dcs.DiffCRConfig(cost="flops"))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_fast_paths_cost_what_the_slow_ones_do(first: bool) -> None:
+    """Without gradients torch runs its own encoder layer, and its own attention, as one operation each."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=first).eval().requires_grad_(False)
+    tokens, attention = torch.randn(3, 20, 16), layer.self_attn
+    for call in (lambda: layer(tokens), lambda: attention(tokens, tokens, tokens, need_weights=False)):
+        counted = []
+        for fast in (True, False):
+            torch.backends.mha.set_fastpath_enabled(fast)
+            counted.append(count_flops(call))
+        torch.backends.mha.set_fastpath_enabled(True)
+        assert counted[0] == counted[1] > 0
 
 
 def test_a_ratio_that_saves_no_time_is_no_target(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,13 @@ def test_noisier_timesteps_are_in_later_regions(count: int, low: float, span: fl
     assert (regions.region(regions.low), regions.region(regions.high)) == (0, count - 1)
 
 
+def test_the_end_of_the_range_is_met_in_single_precision_too() -> None:
+    """shift · σ / (1 + (shift − 1) · σ), as samplers compute it, is an ulp more than 1 at σ = 1 for some shifts."""
+    regions = TimestepRegions(4, "t", 0.0, 1.0)
+    assert regions.region(float(torch.nextafter(torch.tensor(1.0), torch.tensor(2.0)))) == 3
+    assert regions.region(-1e-7) == 0
+
+
 @pytest.mark.parametrize("timestep", [-1e-3, 1000.5, float("nan"), float("inf"), -float("inf")])
 def test_timesteps_out_of_range_are_refused(timestep: float) -> None:
     with pytest.raises(TimestepError, match=r"lies outside the range \[0, 1000\].*timestep_range") as caught:

@@ -10,9 +10,6 @@ from tests.zoo.entry import OTHERS, Entry, tensors
 from tests.zoo.table import HAND_WRITTEN, HAND_WRITTEN_DENSE
 
 routed_models = pytest.mark.parametrize("entry", [OTHERS[name] for name in HAND_WRITTEN], ids=HAND_WRITTEN)
-# What torch's fused encoder layer computes without gradients is not counted, and its padded form is not recorded.
-FUSED = {"MDM", "MDMBatchFirst", "MDMPadded"}
-unfused = pytest.mark.parametrize("entry", [OTHERS[name] for name in HAND_WRITTEN if name not in FUSED], ids=lambda e: e.name)
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +49,7 @@ def test_routed_it_moves_and_repeats(entry: Entry) -> None:
     contract.routed_it_moves_and_repeats(entry)
 
 
-@unfused
+@routed_models
 def test_a_block_costs_what_its_kept_tokens_cost(entry: Entry) -> None:
     contract.a_block_costs_what_its_kept_tokens_cost(entry)
 

@@ -4,7 +4,8 @@
 
 It is what routing would be if routers knew nothing and ratios were not learned: k = ⌈(1 - ratio) · n⌉ tokens of each sample run through the
 block, the rest leaves it as it entered. Nothing is trained. Where an argument that moves with the tokens is shared by the batch (FLUX's
-rotary tables), one choice is made for the whole batch, instead of running sample by sample.
+rotary tables), one choice is made for the whole batch, instead of running sample by sample; so it is in evaluations, where guidance
+subtracts one half of a batch from the other and would amplify what differs by chance.
 """
 
 import torch
@@ -26,12 +27,12 @@ def choose(samples: int, tokens: int, kept: int, generator: torch.Generator) -> 
 class RandomTokens:
     """Random tokens around the routed blocks of a plan, in the form that :func:`diffcr_surgery.bench.hooks.attach` takes."""
 
-    def __init__(self, plan: dcs.SurgeryPlan, ratio: float, seed: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, plan: dcs.SurgeryPlan, ratio: float, seed: int, device: torch.device | str = "cpu", shared: bool = False) -> None:
         self.tokens = plan.routed_sites[0].tokens
         self.kept = kept_count(ratio, self.tokens)
         self.generator = torch.Generator(device).manual_seed(seed)  # where the model is, so that drawing does not wait for it
         patterns = {pattern for site in plan.routed_sites for pattern in site.aligned.values()}
-        self.shared = any("b" not in parse_axes(pattern).words for pattern in patterns)
+        self.shared = shared or any("b" not in parse_axes(pattern).words for pattern in patterns)
 
     def enter(self, site: object, stream: Tensor) -> Tensor:
         chosen = choose(1 if self.shared else len(stream), self.tokens, self.kept, self.generator)
@@ -39,12 +40,12 @@ class RandomTokens:
         return gather_tokens(stream, self.chosen, STREAM, self.tokens)
 
     def pick(self, argument: Tensor, pattern: str) -> Tensor:
-        return gather_tokens(argument, self.chosen[:1] if self.shared else self.chosen, pattern, self.tokens)
+        return gather_tokens(argument, self.chosen if "b" in parse_axes(pattern).words else self.chosen[:1], pattern, self.tokens)
 
     def leave(self, site: object, stream: Tensor) -> Tensor:
         return scatter_tokens(self.whole, stream, self.chosen, STREAM)
 
 
-def attach(model: nn.Module, plan: dcs.SurgeryPlan, ratio: float, seed: int = 0) -> None:
-    """Have random tokens bypass the routed blocks of a model that is not converted."""
-    hooks.attach(model, plan, RandomTokens(plan, ratio, seed, next(model.parameters()).device))
+def attach(model: nn.Module, plan: dcs.SurgeryPlan, ratio: float, seed: int = 0, shared: bool = False) -> None:
+    """Have random tokens bypass the routed blocks of a model that is not converted, if asked to the same ones in all samples of a call."""
+    hooks.attach(model, plan, RandomTokens(plan, ratio, seed, next(model.parameters()).device, shared))

@@ -112,7 +112,7 @@ def baseline(name: str, dense: nn.Module, plan: dcs.SurgeryPlan, ratio: float, s
         )
     model = twin(dense)
     if name == "random":
-        random_tokens.attach(model, plan, ratio, seed)
+        random_tokens.attach(model, plan, ratio, seed, shared=True)
     else:
         token_merging.attach(model, plan, ratio, skips=True)
     ratios = [1 - kept_count(ratio, site.tokens) / site.tokens for site in plan.routed_sites]

@@ -13,14 +13,14 @@ from tests.small import TableModel
 TOKENS = 10
 
 
-def dropped(shared: bool, ratio: float, seed: int = 0) -> tuple[TableModel, Tensor, Tensor]:
+def dropped(shared: bool, ratio: float, seed: int = 0, together: bool = False) -> tuple[TableModel, Tensor, Tensor]:
     """A model with dropping attached, its input, and what it gives."""
     torch.manual_seed(0)
     model = TableModel(TOKENS, shared).eval().requires_grad_(False)
     inputs = {"x": torch.randn(3, TOKENS, 8), "timestep": torch.tensor([3.0, 4.0, 5.0])}
     plan = dcs.plan(model, inputs)
     assert "positions" in plan.routed_sites[0].aligned
-    dropping.attach(model, plan, ratio, seed)
+    dropping.attach(model, plan, ratio, seed, together)
     for block in model.blocks:
         block.seen.clear()
     return model, inputs["x"], model(**inputs)
@@ -42,12 +42,13 @@ def test_every_set_is_as_likely_as_any_other():
 
 @pytest.mark.parametrize("ratio", [0.1, 0.35, 0.9])
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_random_share_runs_and_the_rest_leaves_as_it_came(ratio, shared):
-    model, x, _ = dropped(shared, ratio)
+@pytest.mark.parametrize("together", [False, True])
+def test_a_random_share_runs_and_the_rest_leaves_as_it_came(ratio, shared, together):
+    model, x, _ = dropped(shared, ratio, together=together)
     (entered, positions), (after, _) = (block.seen[0] for block in model.blocks)
     kept = places(x, entered)
     assert [len(row) for row in kept] == [kept_count(ratio, TOKENS)] * 3
-    assert (kept[0] == kept[1] == kept[2]) == shared
+    assert (kept[0] == kept[1] == kept[2]) == (shared or together)
     table = model.table if shared else model.table + torch.tensor([3.0, 4.0, 5.0])[:, None, None]
     assert torch.equal(positions, table[kept[0]] if shared else torch.stack([table[b, row] for b, row in enumerate(kept)]))
     assert after.shape == entered.shape

@@ -95,10 +95,16 @@ class RatioOptimizer(torch.optim.Optimizer):
             [state.ratio_table], {"lr": lr, "averaging": averaging, "ramp": ramp, "settle": settle, "total_steps": total_steps}
         )
         self._diffcr = state
+        state.settled = False
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's own form leaves out what a subclass adds, so that a copy could not take a step.
         return super().__getstate__() | {"_diffcr": self._diffcr}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state; if the table had settled, the model runs at bins from the next call on."""
+        super().load_state_dict(state_dict)
+        self._diffcr.settled = self._settled(self.state[self.param_groups[0]["params"][0]])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -118,15 +124,17 @@ class RatioOptimizer(torch.optim.Optimizer):
         table, visits, earlier = whole(parameter).double().cpu(), self._diffcr.visits, self.state.get(parameter)
         gradient = self._gradient(parameter)
         moved, state = self._next(table, gradient, {} if earlier is None else earlier)
+        settled = self._diffcr.settled
         try:
             assign_(parameter, moved.to(parameter.dtype))
+            self._diffcr.settled = self._settled(state)
             if gradient is not None:
                 self._diffcr.visits = torch.zeros_like(visits)
             self.state[parameter] = state
             return loss
         except BaseException:  # by Ctrl-C, say: a step that is stopped midway has not been taken
             assign_(parameter, table.to(parameter.dtype))
-            self._diffcr.visits = visits
+            self._diffcr.visits, self._diffcr.settled = visits, settled
             self.state.pop(parameter, None)
             if earlier is not None:
                 self.state[parameter] = earlier
@@ -161,8 +169,8 @@ class RatioOptimizer(torch.optim.Optimizer):
                 "updates": 0,
             }
         state["step"] += 1
-        moving = max(1, math.ceil(group["total_steps"] * (1.0 - group["settle"]) - 1e-9))  # steps; the ramp ends within them
-        if group["settle"] and state["step"] > moving:
+        moving = self._moving_steps()
+        if self._settled(state):
             return budget.round(table), state  # what has been rounded stays as it is
         slopes = budget.slopes(table).clamp_min(LEAST_SLOPE)
         direction = self._direction(state, None if gradient is None else gradient / slopes, group["averaging"])
@@ -174,6 +182,14 @@ class RatioOptimizer(torch.optim.Optimizer):
         saving = state["start"] + share * (self._diffcr.target_saving - state["start"])
         step = (group["lr"] * left * direction).clamp(-1.0, 1.0)  # from bound to bound at most
         return budget.project(table - step, saving), state
+
+    def _moving_steps(self) -> int:
+        """Return after how many steps the table settles; the ramp ends within them."""
+        group = self.param_groups[0]
+        return max(1, math.ceil(float(group["total_steps"] * (1.0 - group["settle"])) - 1e-9))
+
+    def _settled(self, state: dict[str, Any]) -> bool:
+        return bool(self.param_groups[0]["settle"]) and state.get("step", 0) > self._moving_steps()
 
     def _gradient(self, parameter: torch.Tensor) -> torch.Tensor | None:
         own = parameter.grad

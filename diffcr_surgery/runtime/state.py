@@ -52,6 +52,7 @@ class DiffCRState(nn.Module):
         routers: Row of the table, as a string -> :class:`Router`; of several sites that share one, the first's.
         ratio_table: The learnable ratios, one row a routed site, one column a timestep region, cleanest first.
         site_costs: Share of the dense model's cost that each site takes at each reachable bin, ``l m``.
+        settled: Whether the table stands at bins, for what is left of training.
         achieved: What a specialised model costs, and was asked to.
         fixed: Of each region, at which bins the sites run, once :func:`diffcr_surgery.specialize_` has fixed them.
         splittings: What kind of call -> how calls like that are cut into samples.
@@ -62,6 +63,7 @@ class DiffCRState(nn.Module):
         self.plan = plan
         self.fixed: tuple[tuple[Decision, ...], ...] | None = None
         self.achieved: Achieved | None = None
+        self.settled = False
         self._moving: dict[str, bool] = {}
         self.recordings = Recordings()
         self.routers = nn.ModuleDict({str(i): Router(site.width) for i, site in enumerate(plan.routed_sites) if site.router == i})
@@ -149,7 +151,7 @@ class DiffCRState(nn.Module):
             raise NonFiniteError(
                 f"The ratios of {names} are not finite; the loss or the learning rate broke training. Load an earlier adapter."
             )
-        if self.specialized:  # these are bins, and one may lie above max_ratio
+        if self.specialized or self.settled:  # these are bins, and one may lie above max_ratio
             return values
         bounded = values.clamp(0.0, self.config.max_ratio)
         if not torch.equal(bounded, values):
@@ -173,7 +175,9 @@ class DiffCRState(nn.Module):
         if not self.training or not self.config.learn_ratios:
             return tuple(Decision(self._bin(value)) for value in self.executed_ratios()[:, region].tolist())
         # At its upper bound a ratio lies between the last two bins in reach: beyond them short streams have no token left to give up.
-        return tuple(Decision(*bracket(value, self.config.reachable_bins)) for value in self.ratios()[:, region].tolist())
+        # A table that has settled needs no gradient, and runs as inference will: on the bin below, at the upper bound too.
+        bins = self.config.bins if self.settled else self.config.reachable_bins
+        return tuple(Decision(*bracket(value, bins)) for value in self.ratios()[:, region].tolist())
 
     def altered(self) -> Mapping[str, bool]:
         """Return path of each routed block -> whether it runs otherwise than the original's, in any region."""

@@ -83,6 +83,37 @@ def test_a_table_that_has_settled_is_what_inference_runs_at(
     assert mean(model) == pytest.approx(target, abs=0.05 / (LAYERS * REGIONS) + CLOSE)
 
 
+@pytest.mark.parametrize("branches", ["two", "boundary"])
+@pytest.mark.parametrize("max_ratio", [0.9, 0.85])
+def test_a_model_that_has_settled_is_trained_as_it_will_run(branches: str, max_ratio: float) -> None:
+    """At the upper bound too, where a ratio that is still learned runs on the tokens of the bin below."""
+    model = converted(branches=branches, max_ratio=max_ratio, target_ratio=0.5)
+    optimizer = dcs.RatioOptimizer(model, total_steps=20, lr=1.0, ramp=0.5, settle=0.5)
+    for router in model.diffcr.routers.values():
+        nn.init.normal_(router.weight)
+    for _ in range(20):
+        give(model, torch.linspace(-1, 1, LAYERS * REGIONS).reshape(LAYERS, REGIONS))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float(dcs.ratio_table(model).detach().max()) > max_ratio - 1e-6, "the bound is what this is about"
+    for time in (100.0, 350.0, 600.0, 900.0):
+        trained = model.train()(**inputs(time, time))
+        with torch.no_grad():
+            assert torch.allclose(trained, model.eval()(**inputs(time, time)), atol=1e-6)
+    trained.sum().backward()
+    assert dcs.ratio_table(model).grad is not None, "data parallelism waits for the gradient of every parameter"
+
+
+def test_a_table_that_is_learned_anew_is_not_settled(model: nn.Module) -> None:
+    optimizer = dcs.RatioOptimizer(model, total_steps=2, ramp=0.5, settle=0.5)
+    for _ in range(2):
+        give(model, torch.randn(LAYERS, REGIONS))
+        optimizer.step()
+    assert model.diffcr.settled and copy.deepcopy(model).diffcr.settled
+    dcs.RatioOptimizer(model, total_steps=2)
+    assert not model.diffcr.settled
+
+
 def test_without_a_gradient_all_entries_rise_alike(model: nn.Module) -> None:
     optimizer = dcs.RatioOptimizer(model, total_steps=10)
     for step in range(1, 11):
@@ -362,6 +393,7 @@ def resumed(optimizer: dcs.RatioOptimizer, model: nn.Module, how: str) -> tuple[
     twin = copy.deepcopy(model)
     other = dcs.RatioOptimizer(twin, total_steps=99, lr=9.0, averaging=0.1, ramp=1.0)  # all of it is overwritten
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert twin.diffcr.settled == model.diffcr.settled, "what is called before the first step"
     return other, twin
 
 
@@ -380,7 +412,7 @@ def test_training_goes_on_from_a_checkpoint_as_if_never_stopped(model: nn.Module
         for one, target in ((optimizer, model), (other, twin)):
             give(target, gradient)
             one.step()
-        assert torch.equal(dcs.ratio_table(model), dcs.ratio_table(twin))
+        assert torch.equal(dcs.ratio_table(model), dcs.ratio_table(twin)) and model.diffcr.settled == twin.diffcr.settled
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

@@ -16,11 +16,11 @@ import diffcr_surgery as dcs
 from tests.small import LAYERS, REGIONS, converted, give
 
 
-@pytest.mark.parametrize("earlier", [0, 1], ids=["first step", "second step"])
-def test_a_step_that_is_stopped_has_not_been_taken(earlier: int) -> None:
+@pytest.mark.parametrize(("earlier", "settle"), [(0, 0.0), (1, 0.0), (1, 8 / 9)], ids=["first step", "second step", "table settles"])
+def test_a_step_that_is_stopped_has_not_been_taken(earlier: int, settle: float) -> None:
     """Ctrl-C before any line leaves the table, the count of samples and the averages as they were; the next attempt takes the step."""
     model, gradient = converted(), torch.randn(LAYERS, REGIONS)
-    optimizer = dcs.RatioOptimizer(model, total_steps=9)
+    optimizer = dcs.RatioOptimizer(model, total_steps=9, ramp=0.1, settle=settle)
     for _ in range(earlier):
         give(model, -gradient)
         optimizer.step()
@@ -34,7 +34,7 @@ def test_a_step_that_is_stopped_has_not_been_taken(earlier: int) -> None:
     def known(optimizer: dcs.RatioOptimizer, model: nn.Module) -> list[Any]:
         own = optimizer.state_dict()["state"].items()
         inside = {(key, name): torch.as_tensor(value).tolist() for key, values in own for name, value in values.items()}
-        return [dcs.ratio_table(model).tolist(), model.diffcr.visits.tolist(), inside]
+        return [dcs.ratio_table(model).tolist(), model.diffcr.visits.tolist(), model.diffcr.settled, inside]
 
     def step(optimizer: dcs.RatioOptimizer, line: int | None = None) -> set[int]:
         """Take a step, or stop it at a line; returns the lines of the module that were passed."""

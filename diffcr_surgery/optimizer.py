@@ -39,19 +39,20 @@ class RatioOptimizer(torch.optim.Optimizer):
     gradient, which nothing confirms yet, moves none.
 
     At rest all entries between the bounds cost the loss equally much for what they save. Π shifts the table to the scheduled saving and
-    clips it to ``[0, max_ratio]``. The saving ramps linearly from its value at the start to the target; η falls linearly to 0. With
-    ``settle`` the table then stands at the bins inference runs at, and the weights have the rest of the training to get used to them. No
-    budget term is needed in the loss.
+    clips it to ``[0, max_ratio]``. The saving ramps linearly from its value at the start to the target; η falls linearly to 0. Then the
+    table settles: it stands at the bins inference runs at, and for the rest of the training the weights get used to just what they will
+    do. (While it moves, a ratio between two bins runs on the tokens of both, and with ``branches="boundary"`` one at ``max_ratio`` on those
+    of the bin below.) No budget term is needed in the loss.
 
     Under DDP and ``fully_shard`` the gradient is averaged over all processes, and every process takes the same step.
 
     Args:
         model: A converted model, bare or wrapped; its ratio table is the only parameter.
-        total_steps: Number of training steps; the ramp takes ``ramp`` of them.
+        total_steps: Number of training steps.
         lr: η at the start.
         averaging: Decay of the moving averages, in (0, 1).
-        ramp: Share of ``total_steps`` after which the target is reached, in (0, 1].
-        settle: Share of ``total_steps``, the last ones, in which the table stands, in [0, 1); ``ramp + settle`` is at most 1.
+        ramp: Share of the steps in which the table moves, after which the target is reached, in (0, 1].
+        settle: Share of ``total_steps``, the last ones, in which the table stands, in [0, 1).
 
     Raises:
         ConfigError: If a setting is out of range.
@@ -62,7 +63,7 @@ class RatioOptimizer(torch.optim.Optimizer):
         >>> model = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2, sample_size=8)
         >>> inputs = {"hidden_states": torch.randn(1, 4, 8, 8), "timestep": torch.tensor([500]), "class_labels": torch.tensor([1])}
         >>> model = convert_(model, inputs, DiffCRConfig(target_ratio=0.3)).train()
-        >>> optimizer = RatioOptimizer(model, total_steps=4, ramp=0.5)
+        >>> optimizer = RatioOptimizer(model, total_steps=4)
         >>> for _ in range(4):
         ...     model(**inputs).sample.square().mean().backward()
         ...     optimizer.step()
@@ -78,15 +79,15 @@ class RatioOptimizer(torch.optim.Optimizer):
         total_steps: int,
         lr: float = 0.1,
         averaging: float = 0.98,
-        ramp: float = 0.4,
-        settle: float = 0.0,
+        ramp: float = 0.5,
+        settle: float = 0.5,
     ) -> None:
         state = state_of(model)
-        fits = total_steps >= 1 and lr >= 0.0 and 0.0 < averaging < 1.0 and 0.0 < ramp <= 1.0 and 0.0 <= settle <= 1.0 - ramp + 1e-9
+        fits = total_steps >= 1 and lr >= 0.0 and 0.0 < averaging < 1.0 and 0.0 < ramp <= 1.0 and 0.0 <= settle < 1.0
         if not fits:
             raise ConfigError(
                 f"RatioOptimizer got total_steps={total_steps}, lr={lr}, averaging={averaging}, ramp={ramp}, settle={settle}; expected "
-                "total_steps >= 1, lr >= 0, averaging in (0, 1), ramp in (0, 1] and settle in [0, 1 - ramp]."
+                "total_steps >= 1, lr >= 0, averaging in (0, 1), ramp in (0, 1] and settle in [0, 1)."
             )
         if state.specialized or not state.config.learn_ratios:
             raise ConfigError("RatioOptimizer needs learnable ratios: convert with learn_ratios=True, and train before specialize_.")
@@ -178,13 +179,13 @@ class RatioOptimizer(torch.optim.Optimizer):
         direction = (direction - (direction * known).sum() / (known.sum() * len(table)).clamp_min(1.0)) * known
         direction *= _above_noise(direction, state["seen"], group["averaging"])
         left = max(0.0, 1.0 - (state["step"] - 1) / moving)
-        share = min(1.0, state["step"] / max(1.0, group["ramp"] * group["total_steps"]))
+        share = min(1.0, state["step"] / max(1.0, group["ramp"] * moving))
         saving = state["start"] + share * (self._diffcr.target_saving - state["start"])
         step = (group["lr"] * left * direction).clamp(-1.0, 1.0)  # from bound to bound at most
         return budget.project(table - step, saving), state
 
     def _moving_steps(self) -> int:
-        """Return after how many steps the table settles; the ramp ends within them."""
+        """Return after how many steps the table settles."""
         group = self.param_groups[0]
         return max(1, math.ceil(float(group["total_steps"] * (1.0 - group["settle"])) - 1e-9))
 

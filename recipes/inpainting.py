@@ -130,7 +130,7 @@ def train(
         settings = {"lr": lr, "router_lr": given.router_lr, "weight_decay": given.weight_decay}
         groups = [group for part in (model.encoder, model.decoder) for group in dcs.parameter_groups(part, **settings)]
         # At a rate of 0 nothing is learned: all of the encoder's blocks go to the target together, and have time to get used to it.
-        ratios = [dcs.RatioOptimizer(model.encoder, total_steps=steps, lr=0.0, ramp=0.25)]
+        ratios = [dcs.RatioOptimizer(model.encoder, total_steps=steps, lr=0.0)]
         ratios += [] if given.uniform else [dcs.RatioOptimizer(model.decoder, total_steps=steps)]
     optimizer, weights = torch.optim.AdamW(groups), [w for name, w in model.named_parameters() if "diffcr." not in name and w.requires_grad]
     schedule = get_cosine_schedule_with_warmup(optimizer, steps * processes // 20, steps * processes)

@@ -73,7 +73,7 @@ ARMS = {
     "regions-10": Arm("DiffCR-LT, 10 regions", settings={"timestep_regions": 10}),
     "two": _changed("two branches", settings=LT | {"branches": "two"}),
     "layers-two": _changed("two branches", settings={"branches": "two"}, against="layers"),
-    "settled": _changed("table stands for the last 40 %", options={"settle": 0.4}),
+    "unsettled": _changed("table moves to the end", options={"settle": 0.0, "ramp": 0.4}),
     "straight-through": _changed("gate: straight-through", settings=LT | {"gate": "straight_through"}),
     "sigmoid": _changed("gate: sigmoid (the paper's)", settings=LT | {"gate": "sigmoid"}),
     "budget-0.3": _changed("the paper's rule, λ = 0.3", rule="paper"),

@@ -163,7 +163,7 @@ def ready(scenario: Scenario, model: nn.Module) -> Run:
 
     def optimizers(wrapped: nn.Module) -> list[torch.optim.Optimizer]:
         groups = dcs.parameter_groups(wrapped, lr=1e-3, router_lr=1e-2, weight_decay=0.01)
-        return [torch.optim.AdamW(groups), dcs.RatioOptimizer(wrapped, total_steps=STEPS, lr=0.03, ramp=1.0)]
+        return [torch.optim.AdamW(groups), dcs.RatioOptimizer(wrapped, total_steps=STEPS, lr=0.03, ramp=1.0, settle=0.0)]
 
     def plainly(loss: Tensor, last: bool) -> None:
         (loss / scenario.micro).backward()

@@ -71,7 +71,7 @@ def test_budget_loss_pulls_the_mean_to_the_target(case: Case, data: st.DataObjec
 def test_ratio_optimizer_meets_the_target_and_tells_entries_apart(case: Case) -> None:
     scenario = Scenario(case, DEFAULT, DEFAULT, 16, 2, (2, 8), "doubled_sigmoid", (), 3)
     model = scenario.convert(scenario.original(label_dropout=False), trained=False).train()
-    optimizer = dcs.RatioOptimizer(model, total_steps=20)
+    optimizer = dcs.RatioOptimizer(model, total_steps=20, settle=0.0)
     for _ in range(20):
         optimizer.zero_grad()
         output(model(**scenario.inputs(model))).square().mean().backward()

@@ -91,7 +91,7 @@ def test_a_share_of_the_dense_flops_is_reached(branches: str) -> None:
     assert len({row[0] for row in plan.site_costs}) > 1
     dcs.convert_(model, plan)
     model.train()
-    optimizer = dcs.RatioOptimizer(model, total_steps=6)
+    optimizer = dcs.RatioOptimizer(model, total_steps=6, settle=0.0)
     for _ in range(6):
         model(**inputs)[0].square().mean().backward()
         optimizer.step()

@@ -20,7 +20,7 @@ from tests.small import LAYERS, REGIONS, converted, give
 def test_a_step_that_is_stopped_has_not_been_taken(earlier: int, settle: float) -> None:
     """Ctrl-C before any line leaves the table, the count of samples and the averages as they were; the next attempt takes the step."""
     model, gradient = converted(), torch.randn(LAYERS, REGIONS)
-    optimizer = dcs.RatioOptimizer(model, total_steps=9, ramp=0.1, settle=settle)
+    optimizer = dcs.RatioOptimizer(model, total_steps=9, settle=settle)
     for _ in range(earlier):
         give(model, -gradient)
         optimizer.step()

@@ -1,7 +1,7 @@
 """Your own model in your own training loop, and the five lines that make it a DiffCR model.
 
     python recipes/convert_your_model.py --out out
-    python recipes/convert_your_model.py --smoke --out out    # under a minute on one core: shows the way, proves nothing
+    python recipes/convert_your_model.py --smoke --out out    # a minute or two on one core: shows the way, proves nothing
 
 A DiT written on timm's layers learns scikit-learn's digits in a plain loop of PyTorch. It is then trained on twice from there, on the same
 images: as it is, and with DiffCR. What you would add to your own code are the five lines marked `# DiffCR`, and an import. The one that
@@ -142,9 +142,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for what is written")
     parser.add_argument("--steps", type=int, default=1500, help="of each of the three trainings (default: %(default)s)")
-    parser.add_argument("--smoke", action="store_true", help="40 steps")
+    parser.add_argument("--smoke", action="store_true", help="120 steps")
     given = parser.parse_args()
-    steps, out = 40 if given.smoke else given.steps, given.out
+    steps, out = 120 if given.smoke else given.steps, given.out
     out.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(0)

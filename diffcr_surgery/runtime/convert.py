@@ -238,8 +238,7 @@ def ratio_loss(model: torch.nn.Module, *, return_parts: bool = False) -> torch.T
     Args:
         model: A converted model, bare or wrapped.
         return_parts: Whether to return numbers for a log too: ``ratio_loss``; ``saving`` and ``target_saving``, shares of the blocks' dense
-            cost; ``executed_saving``, that of the bins inference runs at; and ``mean_ratio``, regions
-            weighted too.
+            cost; ``executed_saving``, that of the bins inference runs at; and ``mean_ratio``, weighted by region as well.
 
     Raises:
         ConversionError: If the model is not converted.

@@ -151,9 +151,10 @@ class DiffCRState(nn.Module):
             raise NonFiniteError(
                 f"The ratios of {names} are not finite; the loss or the learning rate broke training. Load an earlier adapter."
             )
-        if self.specialized or self.settled:  # these are bins, and one may lie above max_ratio
+        if self.specialized:
             return values
-        bounded = values.clamp(0.0, self.config.max_ratio)
+        # A table that has settled is of bins, and one may lie above max_ratio.
+        bounded = values.clamp(0.0, self.config.reachable_bins[-1] if self.settled else self.config.max_ratio)
         if not torch.equal(bounded, values):
             assign_(self.ratio_table.data, bounded)  # a projection after the step: clamping inside the graph would stop the gradient
         return bounded

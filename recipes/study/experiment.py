@@ -161,6 +161,7 @@ class Models:
         return self._kept("dense", self.base(), self.finetuning(), 10 * self.seed + 1)
 
     def _version(self) -> str:
+        """Return what dense weights depend on besides task and seed, as a digest."""
         s = self.size
         return _digest(VERSION, s.width, s.depth, s.heads, s.base_steps, s.base_lr, s.steps, s.lr, s.batch)
 

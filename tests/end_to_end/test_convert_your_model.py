@@ -32,7 +32,7 @@ def test_it_trains_converts_and_specialises(tmp_path: Path, monkeypatch: pytest.
 
     out = tmp_path / "out"
     table = load_file(out / "adapter" / "diffcr.safetensors")["ratio_table"]
-    assert table.shape == (6, 4) and float(table.mean()) == pytest.approx(0.3, abs=1e-3) and len(table.unique()) > 2
+    assert table.shape == (6, 4) and float(table.mean()) == pytest.approx(0.3, abs=1e-3) and len(table.unique()) > 4
     monkeypatch.setattr(DiT, "__module__", "__main__")  # the name it had in the script, which the adapter knows it by
     model = DiT()
     model.load_state_dict(load_file(out / "model.safetensors"))

@@ -172,16 +172,16 @@ def test_blocks_in_which_nothing_counts_are_named(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("first", [False, True])
-def test_fast_paths_cost_what_the_slow_ones_do(first: bool) -> None:
+def test_fast_paths_cost_what_the_slow_ones_do(first: bool, request: pytest.FixtureRequest) -> None:
     """Without gradients torch runs its own encoder layer, and its own attention, as one operation each."""
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=first).eval().requires_grad_(False)
     tokens, attention = torch.randn(3, 20, 16), layer.self_attn
+    request.addfinalizer(partial(torch.backends.mha.set_fastpath_enabled, True))
     for call in (lambda: layer(tokens), lambda: attention(tokens, tokens, tokens, need_weights=False)):
         counted = []
         for fast in (True, False):
             torch.backends.mha.set_fastpath_enabled(fast)
             counted.append(count_flops(call))
-        torch.backends.mha.set_fastpath_enabled(True)
         assert counted[0] == counted[1] > 0
 
 

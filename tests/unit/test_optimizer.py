@@ -100,6 +100,9 @@ def test_a_model_that_has_settled_is_trained_as_it_will_run(branches: str, max_r
         trained = model.train()(**inputs(time, time))
         with torch.no_grad():
             assert torch.allclose(trained, model.eval()(**inputs(time, time)), atol=1e-6)
+    with torch.no_grad():
+        dcs.ratio_table(model)[0] = 5.0
+    assert float(model.diffcr.ratios().max()) == pytest.approx(0.9), "what is put there by hand is bounded as ever"
     trained.sum().backward()
     assert dcs.ratio_table(model).grad is not None, "data parallelism waits for the gradient of every parameter"
 

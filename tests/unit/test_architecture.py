@@ -30,6 +30,7 @@ ORDER = (
     "align",
     "sites",
     "rewrite",
+    "flops",
     "costs",
     "timesteps",
     "split",

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -183,24 +184,40 @@ def region_table(records: Records, task: str, target: float) -> str:
 
 
 def draw_trade_off(records: Records, task: str) -> Figure:
-    """Draw quality against cost, counted and measured: one line an arm, through its targets.
+    """Draw quality against cost, counted and measured."""
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    for row, quality in zip(figure.subplots(2, 2), (LOSS, FID) if task == "digits" else (LOSS, PSNR), strict=True):
+        for axes, cost in zip(row, (FLOPS, LATENCY), strict=True):
+            _draw_curves(axes, records, task, quality, cost)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def draw_overview(records: Records) -> Figure:
+    """Draw the held-out loss of both tasks against FLOPs."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
+        _draw_curves(axes, records, task, LOSS, FLOPS)
+        axes.set_title(task)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def _draw_curves(axes: Axes, records: Records, task: str, quality: Metric, cost: Metric) -> None:
+    """Draw one line an arm, through its targets.
 
     Random tokens and arms without training are in the tables alone: what they lose would flatten all others.
     """
-    qualities = (LOSS, FID) if task == "digits" else (LOSS, PSNR)
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
-    for row, quality in zip(figure.subplots(2, 2), qualities, strict=True):
-        for axes, cost in zip(row, (FLOPS, LATENCY), strict=True):
-            for name, arm in ARMS.items():
-                points = [(records.spread(task, name, target, cost), records.spread(task, name, target, quality)) for target in TARGETS]
-                found = [(x, y) for x, y in points if x is not None and y is not None]
-                if arm.against is None and arm.trained and name != "random" and found:
-                    x, y = ([spread.mean for spread in side] for side in zip(*found, strict=True))
-                    errors = [0.0 if spread.seeds == 1 else spread.error for _, spread in found]
-                    axes.errorbar(x, y, errors, marker="o", capsize=3, label=arm.title)
-            axes.set(xlabel=f"{cost.title}, share of the dense model's", ylabel=quality.title)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return figure
+    for name, arm in ARMS.items():
+        if arm.against is not None or not arm.trained or name == "random":
+            continue
+        points = [(records.spread(task, name, target, cost), records.spread(task, name, target, quality)) for target in TARGETS]
+        found = [(x, y) for x, y in points if x is not None and y is not None]
+        if found:
+            x, y = ([spread.mean for spread in side] for side in zip(*found, strict=True))
+            errors = [0.0 if spread.seeds == 1 else spread.error for _, spread in found]
+            axes.errorbar(x, y, errors, marker="o", capsize=3, label=arm.title)
+    axes.set(xlabel=f"{cost.title}, share of the dense model's", ylabel=quality.title)
 
 
 def draw_tables(records: Records, arms: Sequence[str]) -> Figure:
@@ -318,7 +335,9 @@ def write_report(path: Path, out: Path) -> None:
     parts = ["# Does it pay?", f"<!-- findings -->\n{kept[1] if kept else ''}<!-- end of findings -->", "## What was run", about(records)]
     if others := len(every) - len(list(records)):
         parts.append(f"{others} records of other settings, or of experiments run again, are left out.")
-    parts += ["## The claims, in figures", summary_table(records), "\n".join(verdicts(records)) or "Not all arms have been run yet."]
+    draw_overview(records).savefig(pictures / "overview.png", dpi=110)
+    parts += ["## The claims, in figures", "![Held-out loss against FLOPs](pictures/overview.png)", summary_table(records)]
+    parts += ["\n".join(verdicts(records)) or "Not all arms have been run yet."]
     for task in TASKS:
         parts.append(f"## {task.capitalize()}")
         for target in TARGETS:

@@ -159,7 +159,7 @@ def everything(model: nn.Module, planned: dcs.SurgeryPlan, order: random.Random,
     return len(work) + len(given)
 
 
-@lengths(Length(8, every=4), Length(20, repeats=9))
+@lengths(Length(8, every=7), Length(20, repeats=9))
 def test_cycles_of_converting_specialising_and_restoring(length: Length) -> None:
     """The long shift makes 10,800 calls in 20 cycles."""
     model, planned = fresh()

@@ -18,6 +18,7 @@ def test_register_block_pattern(tmp_path: Path) -> None:
     assert "moves by 0.000" not in text
 
 
+@pytest.mark.slow  # C++ is compiled for a minute; what is packaged, `tests/unit/test_compile.py` exports
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="AOTInductor needs a C++ compiler")
 def test_export_package(tmp_path: Path) -> None:
     """A region each, packaged, gives what the model gives; the recipe itself compares them."""

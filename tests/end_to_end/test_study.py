@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import study
+from study.arms import chosen
+from study.experiment import Place
+from study.runner import run_all
 
 from tests.launch import run_recipe
 
@@ -46,12 +49,15 @@ def test_records_hold_what_the_report_needs(done: Path) -> None:
     assert [len(maps), len(maps[0]), len(maps[0][0])] == [10, 4, 256] and set("".join(maps[0])) <= set("012")
 
 
-def test_a_run_goes_on_where_it_was_stopped(done: Path) -> None:
-    path = done / "records.jsonl"
+def test_a_run_goes_on_where_it_was_stopped(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In one process, so that other processes can be seen to make no difference."""
+    path, experiments, place = done / "records.jsonl", chosen(ONLY, [3]), Place("smoke", done / "weights", "cpu")
     before = path.read_text(encoding="utf-8").splitlines()
-    assert f"{len(ONLY)} of {len(ONLY)} experiments have a record; 0 to run" in run(done, "--only", *ONLY)
+    run_all(experiments, place, path, jobs=1)
+    assert f"{len(ONLY)} of {len(ONLY)} experiments have a record; 0 to run" in capsys.readouterr().out
     path.write_text("\n".join(before[:-1]) + "\n" + before[-1][:100], encoding="utf-8")  # killed while it wrote
-    assert "1 to run" in run(done, "--only", *ONLY)
+    run_all(experiments, place, path, jobs=1)
+    assert "1 to run" in capsys.readouterr().out
     lost = json.loads(before[-1])
     assert path.read_text(encoding="utf-8").splitlines()[:-1] == before[:-1]
     again = records(done)[-1]

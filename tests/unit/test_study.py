@@ -155,7 +155,7 @@ def test_the_report(tmp_path: Path) -> None:
     assert re.search(r"digits, 0\.3: two branches against DiffCR-L: .*-0\.0300 .*: better; lower in 2 of 2 seeds\)", text)
     assert "| two branches | DiffCR-LT, 4 regions | 1.00× | 0.700 ± 0.000 | +0.0200 ± 0.0000 |" in text
     assert "| two branches | DiffCR-L | 1.00× | 0.700 ± 0.000 | -0.0300 ± 0.0000 |" in text
-    for name in ("digits_trade_off", "digits_routing", "photographs_trade_off", "photographs_routing", "tables"):
+    for name in ("overview", "digits_trade_off", "digits_routing", "photographs_trade_off", "photographs_routing", "tables"):
         assert f"(pictures/{name}.png)" in text and (tmp_path / "pictures" / f"{name}.png").stat().st_size > 1000
 
 

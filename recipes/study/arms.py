@@ -25,7 +25,8 @@ class Arm:
         kind: What bypasses: nothing, random tokens, merged ones, or those a router chooses.
         trained: Whether it is fine-tuned, as long as the dense model; if not, it is made of the fine-tuned dense model.
         settings: Of the conversion, besides target and timestep range; of `TokenMerging`, if tokens are merged.
-        rule: What moves the ratio table: nothing, `RatioOptimizer`, or the budget term in the loss and Adam, as in the paper.
+        rule: What moves the ratio table: nothing; `RatioOptimizer`, by the gradient as it is or relative to the loss of its part of the
+            timestep range; or the budget term in the loss and Adam, as in the paper.
         options: Of `RatioOptimizer`, where they are not the library's defaults.
         distill_weight: Weight of the squared distance to the dense model's prediction, added to the loss.
         targets: Compression ratios it is trained for.
@@ -36,7 +37,7 @@ class Arm:
     kind: Literal["dense", "random", "merging", "routed"] = "routed"
     trained: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
-    rule: Literal["fixed", "own", "paper"] = "own"
+    rule: Literal["fixed", "own", "relative", "paper"] = "own"
     options: Mapping[str, Any] = field(default_factory=dict)
     distill_weight: float = 0.0
     targets: tuple[float, ...] = TARGETS
@@ -45,7 +46,7 @@ class Arm:
     def config(self, target: float) -> dcs.DiffCRConfig:
         """Return the settings of the conversion for a target: a saving of FLOPs as great as the ratio everywhere would be."""
         if self.rule == "fixed":
-            settings: dict[str, Any] = {"initial_ratio": target, "learn_ratios": False}
+            settings: dict[str, Any] = {"initial_ratio": target, "learn_ratios": False, "branches": "two"}
         else:
             settings = {"timestep_range": (0, TIMESTEPS), "bins": BINS, "branches": "boundary"}
         return dcs.DiffCRConfig(**{"target_ratio": target, "cost": "flops", **settings, **self.settings})
@@ -71,6 +72,7 @@ ARMS = {
     "layers": Arm("DiffCR-L"),
     "regions-4": Arm("DiffCR-LT, 4 regions", settings=LT),
     "regions-10": Arm("DiffCR-LT, 10 regions", settings={"timestep_regions": 10}),
+    "relative": Arm("DiffCR-LT, 4 regions, relative gradients", settings=LT, rule="relative"),
     "two": _changed("two branches", settings=LT | {"branches": "two"}),
     "layers-two": _changed("two branches", settings={"branches": "two"}, against="layers"),
     "unsettled": _changed("table moves to the end", options={"settle": 0.0, "ramp": 0.4}),

@@ -29,7 +29,7 @@ from diffcr_surgery.ratios import Budget
 from diffcr_surgery.tokens import kept_count, rank_tokens
 from study.arms import ARMS, BINS, Arm, Experiment
 from study.tasks import PARTS, TIMESTEPS, Batch, Task, draw, task_named
-from study.training import PapersRule, Rule, Schedule, Teacher, held_out_losses, train
+from study.training import OwnRule, PapersRule, Rule, Schedule, Teacher, held_out_losses, train
 
 __all__ = ["SIZES", "Place", "Record", "Size", "key_of", "prepare", "run"]
 
@@ -126,7 +126,7 @@ def settings_of(arm: Arm, target: float) -> Record:
         return {}
     parameters = inspect.signature(dcs.RatioOptimizer).parameters.values()
     options = {p.name: p.default for p in parameters if p.default is not p.empty} | dict(arm.options)
-    return {"config": json.loads(arm.config(target).to_json()), "optimizer": options if arm.rule == "own" else None}
+    return {"config": json.loads(arm.config(target).to_json()), "optimizer": options if arm.rule in ("own", "relative") else None}
 
 
 def _digest(*values: Any) -> str:
@@ -230,7 +230,8 @@ def _finetune(model: nn.Module, arm: Arm, models: Models) -> float:
     schedule = models.finetuning()
     rules: dict[str, Callable[[], Rule | None]] = {
         "fixed": lambda: None,
-        "own": lambda: dcs.RatioOptimizer(model, total_steps=schedule.steps, **arm.options),
+        "own": lambda: OwnRule(model, schedule.steps, False, arm.options),
+        "relative": lambda: OwnRule(model, schedule.steps, True, arm.options),
         "paper": lambda: PapersRule(model, lr=schedule.lr),
     }
     rule = rules[arm.rule]() if arm.kind == "routed" else None

@@ -27,7 +27,7 @@ from study.tasks import TASKS, task_named
 __all__ = ["Spread", "difference", "write_report"]
 
 REFERENCE, OURS = "uniform", "regions-4"
-CLAIMS = ((OURS, REFERENCE), (OURS, "uniform-ramped"), (OURS, "layers"), ("regions-10", OURS))  # at every target
+CLAIMS = ((OURS, REFERENCE), (OURS, "uniform-ramped"), (OURS, "layers"), ("regions-10", OURS), ("relative", OURS))  # at every target
 FINDINGS = re.compile(r"<!-- findings -->\n(.*?)<!-- end of findings -->", re.DOTALL)  # written by hand, and kept
 
 
@@ -84,6 +84,7 @@ class Metric:
 
 
 LOSS = Metric("held-out loss", lambda record: record["loss"], 4)
+LOG_LOSS = Metric("log of the loss, %", lambda record: statistics.fmean(map(math.log, record["losses"])), 1, 100)
 FID = Metric("FID", lambda record: record["distances"]["fid"], 3)
 KID = Metric("KID × 1000", lambda record: record["distances"]["kid"] if record["psnr"] is None else None, 2, 1000)
 READ = Metric("recognised", lambda record: record["accuracy"], 3)
@@ -147,12 +148,23 @@ def main_table(records: Records, task: str, target: float) -> str:
 
 def summary_table(records: Records) -> str:
     """Return the held-out loss of the main arms, all tasks and targets in one table."""
+    return _summary(LOSS.title, lambda task, name, target: LOSS.shown(records.spread(task, name, target, LOSS)))
+
+
+def relative_table(records: Records) -> str:
+    """Return by how much the main arms' losses are above the dense model's, all timesteps alike, whatever is lost at them."""
+    return _summary(
+        "loss above dense, %", lambda task, name, target: LOG_LOSS.shown(difference(records, LOG_LOSS, task, target, name, "dense"), "+")
+    )
+
+
+def _summary(title: str, cell: Callable[[str, str, float], str]) -> str:
     rows = []
     for name, arm in ARMS.items():
-        cells = [LOSS.shown(records.spread(task, name, target, LOSS)) for task in TASKS for target in TARGETS]
+        cells = [cell(task, name, target) for task in TASKS for target in TARGETS]
         if arm.against is None and set(cells) != {"–"}:
             rows.append([arm.title, *cells])
-    return _table(["held-out loss", *(f"{task}, {target:g}" for task in TASKS for target in TARGETS)], rows)
+    return _table([title, *(f"{task}, {target:g}" for task in TASKS for target in TARGETS)], rows)
 
 
 def variant_table(records: Records, task: str) -> str:
@@ -282,13 +294,14 @@ def verdicts(records: Records) -> list[str]:
 
 def _compared(records: Records, task: str, target: float, arm: str, other: str) -> list[str]:
     """Return a line on two arms, or none where there are no records of both for a seed."""
-    apart, fid = (difference(records, metric, task, target, arm, other) for metric in (LOSS, FID))
-    if apart is None or fid is None:
+    apart, log, fid = (difference(records, metric, task, target, arm, other) for metric in (LOSS, LOG_LOSS, FID))
+    if apart is None or log is None or fid is None:
         return []
     outcome = "better" if apart.significance < -2 else "worse" if apart.significance > 2 else "not told apart"
     return [
         f"- {task}, {target:g}: {ARMS[arm].title} against {ARMS[other].title}: held-out loss {LOSS.shown(apart, '+')} "
-        f"({apart.significance:+.1f} standard errors: {outcome}; lower in {apart.below} of {apart.seeds} seeds), FID {FID.shown(fid, '+')}."
+        f"({apart.significance:+.1f} standard errors: {outcome}; lower in {apart.below} of {apart.seeds} seeds), "
+        f"timesteps alike {LOG_LOSS.shown(log, '+')} %, FID {FID.shown(fid, '+')}."
     ]
 
 
@@ -337,6 +350,8 @@ def write_report(path: Path, out: Path) -> None:
         parts.append(f"{others} records of other settings, or of experiments run again, are left out.")
     draw_overview(records).savefig(pictures / "overview.png", dpi=110)
     parts += ["## The claims, in figures", "![Held-out loss against FLOPs](pictures/overview.png)", summary_table(records)]
+    parts += ["The mean over timesteps of the logarithm, in which a percent counts alike whether much is lost at a timestep or little:"]
+    parts += [relative_table(records)]
     parts += ["\n".join(verdicts(records)) or "Not all arms have been run yet."]
     for task in TASKS:
         parts.append(f"## {task.capitalize()}")

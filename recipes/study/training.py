@@ -1,8 +1,8 @@
 """The loop all arms share: equal seeds give equal batches, timesteps and noise, whatever the model is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers.optimization import get_cosine_schedule_with_warmup
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import diffcr_surgery as dcs
 from study.tasks import PARTS, Task, part_timesteps
 
-__all__ = ["PapersRule", "Rule", "Schedule", "Teacher", "held_out_losses", "train"]
+__all__ = ["OwnRule", "PapersRule", "Rule", "Schedule", "Teacher", "held_out_losses", "train"]
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,39 @@ class Schedule:
 class Rule(Protocol):
     """What moves a ratio table after each step."""
 
-    def step(self) -> None:
-        """Move it by the gradient it holds."""
+    def step(self, loss: Tensor, part: int) -> None:
+        """Move it by the gradient it holds, and forget that.
 
-    def zero_grad(self) -> None:
-        """Forget the gradient."""
+        Args:
+            loss: Of the step, a number.
+            part: Of the timestep range, in which the step's batch lay.
+        """
+
+
+class OwnRule:
+    """`RatioOptimizer`.
+
+    Args:
+        model: A converted model.
+        total_steps: Number of training steps.
+        relative: Whether each gradient is divided by the usual loss of its part of the timestep range: a part in which the loss is small
+            however much is missing then has as much say as one in which it is large.
+        options: Of the optimizer.
+    """
+
+    def __init__(self, model: nn.Module, total_steps: int, relative: bool, options: Mapping[str, Any]) -> None:
+        self._model, self._relative = model, relative
+        self._optimizer = dcs.RatioOptimizer(model, total_steps=total_steps, **options)
+        self._losses, self._seen = torch.zeros(PARTS), torch.zeros(PARTS)
+
+    def step(self, loss: Tensor, part: int) -> None:
+        gradient = dcs.ratio_table(self._model).grad
+        if self._relative and gradient is not None:
+            self._losses[part] = 0.95 * self._losses[part] + 0.05 * float(loss)
+            self._seen[part] += 1
+            gradient /= float(self._losses[part] / (1 - 0.95 ** self._seen[part]))
+        self._optimizer.step()
+        self._optimizer.zero_grad()
 
 
 class PapersRule:
@@ -50,11 +78,9 @@ class PapersRule:
     def __init__(self, model: nn.Module, lr: float) -> None:
         self._model, self._adam = model, torch.optim.Adam([dcs.ratio_table(model)], lr=lr)
 
-    def step(self) -> None:
+    def step(self, loss: Tensor, part: int) -> None:
         dcs.ratio_loss(self._model).backward()
         self._adam.step()
-
-    def zero_grad(self) -> None:
         self._adam.zero_grad()
 
 
@@ -108,8 +134,9 @@ def train(
     model.train()
     for _ in range(schedule.steps):
         given = task.training[torch.randint(len(task.training), (schedule.batch,), generator=generator)]
-        part = part_timesteps(int(torch.randint(PARTS, (), generator=generator)))
-        timesteps = torch.randint(part.start, part.stop, (schedule.batch,), generator=generator).to(device)
+        part = int(torch.randint(PARTS, (), generator=generator))
+        own = part_timesteps(part)
+        timesteps = torch.randint(own.start, own.stop, (schedule.batch,), generator=generator).to(device)
         noise = torch.randn(given.clean.shape, generator=generator).to(device)
         given = given.to(device)
         noisy, target = task.objective.noisy_and_target(given.clean, noise, timesteps)
@@ -125,8 +152,7 @@ def train(
         learning_rate.step()
         optimizer.zero_grad()
         if rule is not None:
-            rule.step()
-            rule.zero_grad()
+            rule.step(loss.detach(), part)
         on_step()
     model.eval()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,13 @@ import torch
 from study import arms, experiment
 from study.arms import ARMS, Experiment, chosen
 from study.experiment import SIZES, Record, key_of
-from study.report import FID, LOSS, Records, Spread, difference, variant_table, verdicts, write_report
+from study.report import FID, LOG_LOSS, LOSS, Records, Spread, difference, variant_table, verdicts, write_report
 from study.runner import read_records
 from study.tasks import PARTS, Task, draw, part_timesteps, task_named
-from study.training import Schedule, train
+from study.training import OwnRule, Schedule, train
 
 import diffcr_surgery as dcs
+from tests.small import LAYERS, REGIONS, converted, give
 
 BOTH = ("digits", "photographs")
 
@@ -99,6 +101,23 @@ def test_equal_seeds_show_every_model_the_same() -> None:
     assert len(seen[0]) == 3 and all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
 
 
+def test_relative_gradients_do_not_know_how_large_losses_are() -> None:
+    """A part of the timestep range whose loss and gradients are a thousandth of the others' moves the table as if they were not."""
+    tables = []
+    for scale in (1.0, 1e-3):
+        model, source = converted(), torch.Generator().manual_seed(0)
+        rule = OwnRule(model, 20, True, {"settle": 0.0})
+        for step in range(20):
+            part, size = (2, scale) if step % 2 else (17, 1.0)
+            gradient = torch.zeros(LAYERS, REGIONS)
+            gradient[:, part // 5] = size * (torch.linspace(-1, 1, LAYERS) + torch.randn(LAYERS, generator=source))
+            give(model, gradient)
+            rule.step(torch.tensor(size * (2 + torch.rand(1, generator=source).item())), part)
+        assert dcs.ratio_table(model).grad is None
+        tables.append(dcs.ratio_table(model).detach())
+    assert tables[0].std() > 0.05 and torch.allclose(*tables, atol=1e-5)
+
+
 def test_records_survive_a_line_cut_short(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     assert read_records(path) == []
@@ -148,6 +167,8 @@ def test_the_report(tmp_path: Path) -> None:
     assert "- digits, 0.2: FID of DiffCR-LT, 4 regions is 1.254 ± 0.001 of the dense model's." in text
     assert "| held-out loss | digits, 0.2 | digits, 0.3 | digits, 0.5 | photographs, 0.2 |" in text
     assert f"| uniform (Mixture-of-Depths) |{' 0.6015 ± 0.0005 |' * 6}" in text and "| two branches |  0.5215" not in text
+    above = [LOG_LOSS.shown(Spread.of([math.log((0.6 + x) / 0.4) for x in (0.001, 0.002)]), "+")] * 6
+    assert f"| uniform (Mixture-of-Depths) | {' | '.join(above)} |" in text and above[0] == "+40.8 ± 0.1"
     order = "dense 0.4000 ± 0.0000, DiffCR-LT, 4 regions 0.5015 ± 0.0005, DiffCR-L 0.5515 ± 0.0005, uniform"
     assert f"- digits, 0.5, from the lowest held-out loss: {order}" in text
     assert re.search(r"digits, 0\.5: DiffCR-LT, 4 regions against DiffCR-L: .*: better; lower in 2 of 2 seeds\)", text)

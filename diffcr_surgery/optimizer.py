@@ -26,7 +26,7 @@ class RatioOptimizer(torch.optim.Optimizer):
     With one optimizer for all, the budget's gradient is large and equal for all entries, the diffusion loss's is small and noisy, and the
     table rises in unison. Here the two have separate paths: after each step
 
-        ρ ← Π(ρ − η · Σ s_c d_c),  d = (ĥ − mean ĥ) / √v,  s_c = max(0, 1 − E_c / ‖d_c‖²)
+        ρ ← Π(ρ − η · s · d),  d = (ĥ − mean ĥ) / √v,  s = max(0, 1 − E / ‖d‖²)
 
     where ĥ is the moving average of the diffusion loss's gradient over what a little more ratio saves at the entry (1 if tokens are what
     counts), advanced only for the regions the batch saw, and v the moving average of its variance over the entries a batch saw. So a
@@ -34,11 +34,9 @@ class RatioOptimizer(torch.optim.Optimizer):
     Adam's second moment of each would take from them. The gradient of a region that made up a part of the samples since the last step is
     divided by that part, so that batches of one region and mixed ones tell the same of an entry.
 
-    The d_c are the three parts of d that a two-way analysis of variance has: what a layer is above others in all regions, what a region is
-    in all layers, and the rest. E_c is what ‖d_c‖² would be if gradients were noise alone, and s_c a factor in the manner of the
-    positive-part James-Stein estimator ("Estimation with quadratic loss", 1961). So a table of many regions, each of them seldom seen, is
-    moved less by chance and starts as a table of layers, which all its regions' gradients tell of; regions part where they are seen to
-    differ. A first gradient of one region, which nothing confirms yet, moves nothing.
+    E is what ‖d‖² would be if gradients were noise alone, and s a factor in the manner of the positive-part James-Stein estimator
+    ("Estimation with quadratic loss", 1961): a table of many regions, each of them seldom seen, is moved less by chance, and a first
+    gradient, which nothing confirms yet, moves none.
 
     At rest all entries between the bounds cost the loss equally much for what they save. Π shifts the table to the scheduled saving and
     clips it to ``[0, max_ratio]``. The saving ramps linearly from its value at the start to the target; η falls linearly to 0. Then the
@@ -179,7 +177,7 @@ class RatioOptimizer(torch.optim.Optimizer):
         direction = self._direction(state, None if gradient is None else gradient / slopes, group["averaging"])
         known = (state["seen"] > 0).to(table)  # regions no batch has shown yet have no say
         direction = (direction - (direction * known).sum() / (known.sum() * len(table)).clamp_min(1.0)) * known
-        direction = _above_noise(direction, state["seen"], group["averaging"])
+        direction *= _above_noise(direction, state["seen"], group["averaging"])
         left = max(0.0, 1.0 - (state["step"] - 1) / moving)
         share = min(1.0, state["step"] / max(1.0, group["ramp"] * moving))
         saving = state["start"] + share * (self._diffcr.target_saving - state["start"])
@@ -237,25 +235,15 @@ def _corrected(average: torch.Tensor, seen: torch.Tensor, averaging: float) -> t
     return average / torch.where(seen > 0, 1.0 - averaging ** seen.double(), 1.0)
 
 
-def _above_noise(direction: torch.Tensor, seen: torch.Tensor, averaging: float) -> torch.Tensor:
-    """Return what of a direction of mean 0, in units of one gradient's noise, is more than averages of noise alone would give, ``l r``.
-
-    Args:
-        direction: 0 in regions that were never seen, ``l r``.
-        seen: How many gradients of each region the averages are of, ``r``.
-        averaging: Their decay.
-    """
-    known = seen > 0
-    own, count = direction[:, known], seen[known].double()
-    layers, regions = own.shape
-    variance = float(((1.0 - averaging) / (1.0 + averaging) * (1.0 + averaging**count) / (1.0 - averaging**count)).sum())  # of averages
-    by_layer, by_region = (own.mean(dim, keepdim=True).expand_as(own) for dim in (1, 0))
-    parts = ((by_layer, layers - 1), (by_region, regions - 1), (own - by_layer - by_region, (layers - 1) * (regions - 1)))
-    above = torch.zeros_like(direction)
-    for part, freedom in parts:
-        if found := float(part.square().sum()):
-            above[:, known] += max(0.0, 1.0 - freedom * variance / regions / found) * part
-    return above
+def _above_noise(direction: torch.Tensor, seen: torch.Tensor, averaging: float) -> float:
+    """Return which part of a direction, in units of one gradient's noise, is more than averages of noise alone would give."""
+    found = float(direction.square().sum())
+    if not found:
+        return 0.0
+    count = seen[seen > 0].double()
+    variance = (1.0 - averaging) / (1.0 + averaging) * (1.0 + averaging**count) / (1.0 - averaging**count)  # of an average's entry
+    expected = (len(direction) - 1 / len(count)) * float(variance.sum())  # less one degree of freedom, for the mean
+    return max(0.0, 1.0 - expected / found)
 
 
 def _check_learned(state: DiffCRState) -> None:

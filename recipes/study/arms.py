@@ -72,7 +72,7 @@ ARMS = {
     "layers": Arm("DiffCR-L"),
     "regions-4": Arm("DiffCR-LT, 4 regions", settings=LT),
     "regions-10": Arm("DiffCR-LT, 10 regions", settings={"timestep_regions": 10}),
-    "relative": Arm("DiffCR-LT, 4 regions, relative gradients", settings=LT, rule="relative"),
+    "relative": Arm("DiffCR-LT, 4 regions, relative gradients", settings=LT, rule="relative", targets=(0.3, 0.5)),
     "two": _changed("two branches", settings=LT | {"branches": "two"}),
     "layers-two": _changed("two branches", settings={"branches": "two"}, against="layers"),
     "unsettled": _changed("table moves to the end", options={"settle": 0.0, "ramp": 0.4}),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -194,18 +193,14 @@ def test_steps_are_the_formula(original: nn.Module, count: int, averaging: float
         scale = (weights @ gradients[:step].flatten(1).var(1)).sqrt()
         average = torch.einsum("s,slr->lr", weights, gradients[:step])
         direction = (average - average.mean()) / scale
-        layers, regions = direction.mean(1, keepdim=True).expand(-1, REGIONS), direction.mean(0).expand(LAYERS, -1)
-        freedom = (LAYERS - 1, REGIONS - 1, (LAYERS - 1) * (REGIONS - 1))
-        for part, free in zip((layers, regions, direction - layers - regions), freedom, strict=True):
-            shrunk = max(0.0, 1.0 - float(free * weights.square().sum() / part.square().sum()))
-            wanted = wanted - 0.01 * (1.0 - (step - 1) / count) * shrunk * part
+        shrunk = max(0.0, 1.0 - float((LAYERS * REGIONS - 1) * weights.square().sum() / direction.square().sum()))
+        wanted = wanted - 0.01 * (1.0 - (step - 1) / count) * shrunk * direction
     assert torch.allclose(dcs.ratio_table(model).detach().double(), wanted, atol=1e-5)
 
 
 def test_a_first_gradient_which_nothing_confirms_moves_nothing(model: nn.Module) -> None:
     optimizer = dcs.RatioOptimizer(model, total_steps=2, settle=0.0)
-    gradient = torch.zeros(LAYERS, REGIONS)
-    gradient[:, 1] = torch.randn(LAYERS)  # where all regions are seen at once, they confirm what they have in common
+    gradient = torch.randn(LAYERS, REGIONS)
     for moved in (False, True):
         give(model, gradient)
         optimizer.step()
@@ -217,7 +212,7 @@ def test_a_table_of_many_regions_is_moved_less_by_chance(monkeypatch: pytest.Mon
     moved: dict[bool, float] = {}
     for shrunk in (True, False):
         if not shrunk:
-            monkeypatch.setattr(optimizer_module, "_above_noise", lambda direction, *given: direction)
+            monkeypatch.setattr(optimizer_module, "_above_noise", lambda *given: 1.0)
         moved[shrunk] = 0.0
         for seed in range(5):
             source, model = torch.Generator().manual_seed(seed), converted(timestep_regions=10)
@@ -229,27 +224,6 @@ def test_a_table_of_many_regions_is_moved_less_by_chance(monkeypatch: pytest.Mon
                 optimizer.step()
             moved[shrunk] += float(dcs.ratio_table(model).detach().std()) / 5
     assert moved[True] < 0.7 * moved[False], moved
-
-
-def test_what_all_regions_tell_of_a_layer_is_followed_before_what_one_tells(model: nn.Module) -> None:
-    """Over some seeds of noise: regions end with the ratios of layers where that is all there is, and part where there is more."""
-    apart: dict[bool, float] = {False: 0.0, True: 0.0}
-    between = 0.0
-    layers = torch.linspace(-1, 1, LAYERS)
-    for differing, seed in itertools.product((False, True), range(8)):
-        one, source = copy.deepcopy(model), torch.Generator().manual_seed(seed)
-        optimizer = dcs.RatioOptimizer(one, total_steps=200, lr=0.01)
-        for step in range(200):
-            gradient = torch.zeros(LAYERS, REGIONS)
-            mirrored = -1 if differing and step % REGIONS == 0 else 1
-            gradient[:, step % REGIONS] = mirrored * layers + 2 * torch.randn(LAYERS, generator=source)
-            give(one, gradient)
-            optimizer.step()
-        table = dcs.ratio_table(one).detach()
-        apart[differing] += float((table - table.mean(1, keepdim=True)).square().mean()) / 8
-        between += 0.0 if differing else float(table.mean(1).var()) / 8
-    assert between > 5 * apart[False], (between, apart)
-    assert apart[True] > 3 * apart[False], apart
 
 
 def test_noise_moves_less_than_what_stays_the_same(model: nn.Module) -> None:
@@ -306,8 +280,7 @@ def test_regions_seen_at_other_times_are_each_corrected_for_their_own_count(mode
         optimizer.step()
     table = dcs.ratio_table(model).detach()
     assert torch.allclose(table[:, 0], table[:, 1], atol=CLOSE)
-    # What both tell of the layers, of 2 · ‖pull‖²; they differ in nothing.
-    shrunk = 1.0 - (LAYERS - 1) / 2 * sum(float(weights_of(count, 0.98).square().sum()) for count in (10, 1)) / 4
+    shrunk = 1.0 - (LAYERS - 1 / 2) * sum(float(weights_of(count, 0.98).square().sum()) for count in (10, 1)) / 4
     assert float(table[0, 1] - table[2, 1]) == pytest.approx(2e-3 * 0.99 * shrunk, abs=1e-5)
 
 

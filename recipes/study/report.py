@@ -239,10 +239,11 @@ def draw_tables(records: Records, arms: Sequence[str]) -> Figure:
     for line, (task, arm) in zip(figure.subplots(len(rows), len(TARGETS), squeeze=False), rows, strict=True):
         for axes, target in zip(line, TARGETS, strict=True):
             found = [record["executed"] for record in records.of(task, arm, target).values()]
-            axes.set_title(f"{task}, {target:g}", fontsize=9)
+            axes.set_title(f"{task}, {target:g}: {ARMS[arm].title.removeprefix('DiffCR-')}", fontsize=9)
             if found:
-                axes.imshow(torch.tensor(found).mean(0).numpy(), norm=scale, cmap="viridis", aspect="auto")
-                axes.set(xlabel="timestep region, clean to noisy", ylabel="block")
+                table = torch.tensor(found).mean(0)
+                axes.imshow(table.numpy(), norm=scale, cmap="viridis", aspect="auto")
+                axes.set(xlabel="timestep region, clean to noisy", ylabel="block", xticks=range(table.shape[1]))
     figure.colorbar(ScalarMappable(scale, "viridis"), ax=figure.axes, label="share of tokens that bypass")
     return figure
 
@@ -298,10 +299,10 @@ def _compared(records: Records, task: str, target: float, arm: str, other: str) 
     if apart is None or log is None or fid is None:
         return []
     outcome = "better" if apart.significance < -2 else "worse" if apart.significance > 2 else "not told apart"
+    told = f"{apart.significance:+.1f} standard errors: {outcome}; lower in {apart.below} of {apart.seeds} seeds"
     return [
         f"- {task}, {target:g}: {ARMS[arm].title} against {ARMS[other].title}: held-out loss {LOSS.shown(apart, '+')} "
-        f"({apart.significance:+.1f} standard errors: {outcome}; lower in {apart.below} of {apart.seeds} seeds), "
-        f"timesteps alike {LOG_LOSS.shown(log, '+')} %, FID {FID.shown(fid, '+')}."
+        f"({'one seed' if apart.seeds == 1 else told}), timesteps alike {LOG_LOSS.shown(log, '+')} %, FID {FID.shown(fid, '+')}."
     ]
 
 

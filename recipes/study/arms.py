@@ -46,6 +46,7 @@ class Arm:
     def config(self, target: float) -> dcs.DiffCRConfig:
         """Return the settings of the conversion for a target: a saving of FLOPs as great as the ratio everywhere would be."""
         if self.rule == "fixed":
+            # A ratio that stays runs once whatever `branches` says; it is named so that records outlive a change of its default.
             settings: dict[str, Any] = {"initial_ratio": target, "learn_ratios": False, "branches": "two"}
         else:
             settings = {"timestep_range": (0, TIMESTEPS), "bins": BINS, "branches": "boundary"}

@@ -84,7 +84,7 @@ class Metric:
 
 
 LOSS = Metric("held-out loss", lambda record: record["loss"], 4)
-LOG_LOSS = Metric("log of the loss, %", lambda record: statistics.fmean(map(math.log, record["losses"])), 1, 100)
+LOG_LOSS = Metric("log of the loss", lambda record: statistics.fmean(map(math.log, record["losses"])), 3)  # all timesteps alike
 FID = Metric("FID", lambda record: record["distances"]["fid"], 3)
 KID = Metric("KID × 1000", lambda record: record["distances"]["kid"] if record["psnr"] is None else None, 2, 1000)
 READ = Metric("recognised", lambda record: record["accuracy"], 3)
@@ -152,9 +152,10 @@ def summary_table(records: Records) -> str:
 
 
 def relative_table(records: Records) -> str:
-    """Return by how much the main arms' losses are above the dense model's, all timesteps alike, whatever is lost at them."""
+    """Return the logarithm of the main arms' losses over the dense model's, a mean over timesteps."""
     return _summary(
-        "loss above dense, %", lambda task, name, target: LOG_LOSS.shown(difference(records, LOG_LOSS, task, target, name, "dense"), "+")
+        "log of the loss over dense",
+        lambda task, name, target: LOG_LOSS.shown(difference(records, LOG_LOSS, task, target, name, "dense"), "+"),
     )
 
 
@@ -302,7 +303,7 @@ def _compared(records: Records, task: str, target: float, arm: str, other: str) 
     told = f"{apart.significance:+.1f} standard errors: {outcome}; lower in {apart.below} of {apart.seeds} seeds"
     return [
         f"- {task}, {target:g}: {ARMS[arm].title} against {ARMS[other].title}: held-out loss {LOSS.shown(apart, '+')} "
-        f"({'one seed' if apart.seeds == 1 else told}), timesteps alike {LOG_LOSS.shown(log, '+')} %, FID {FID.shown(fid, '+')}."
+        f"({'one seed' if apart.seeds == 1 else told}), its logarithm {LOG_LOSS.shown(log, '+')}, FID {FID.shown(fid, '+')}."
     ]
 
 
@@ -351,7 +352,7 @@ def write_report(path: Path, out: Path) -> None:
         parts.append(f"{others} records of other settings, or of experiments run again, are left out.")
     draw_overview(records).savefig(pictures / "overview.png", dpi=110)
     parts += ["## The claims, in figures", "![Held-out loss against FLOPs](pictures/overview.png)", summary_table(records)]
-    parts += ["The mean over timesteps of the logarithm, in which a percent counts alike whether much is lost at a timestep or little:"]
+    parts += ["The same as a mean over timesteps of the logarithm, so that a hundredth of its loss counts alike at each of them:"]
     parts += [relative_table(records)]
     parts += ["\n".join(verdicts(records)) or "Not all arms have been run yet."]
     for task in TASKS:

@@ -1,10 +1,10 @@
-"""Many experiments: those whose records are there are left out, the others run one by one or in processes of one thread each."""
+"""Many experiments: those whose records are there are left out, the others run in processes of one thread each."""
 
 import json
 import multiprocessing
 import traceback
 from collections.abc import Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from itertools import repeat
 from pathlib import Path
@@ -36,7 +36,7 @@ def run_all(experiments: Sequence[Experiment], place: Place, records: Path, jobs
         experiments: Which to run.
         place: How large, where to keep weights, and on which device.
         records: File of JSON lines.
-        jobs: Processes; with one, experiments run in this one.
+        jobs: Processes.
     """
     place.folder.mkdir(parents=True, exist_ok=True)
     done = {record["key"] for record in read_records(records)}
@@ -48,7 +48,7 @@ def run_all(experiments: Sequence[Experiment], place: Place, records: Path, jobs
     if text and not text.endswith("\n"):  # a run was stopped while it wrote
         records.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
     failed: list[Experiment] = []
-    pool: Executor = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) if jobs > 1 else ThreadPoolExecutor(1)
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
     with Progress(*columns, console=console) as progress, records.open("a", encoding="utf-8") as file, ExitStack() as stack:
         stack.callback(pool.shutdown, cancel_futures=True)  # at Ctrl-C, what waits is not begun
         bar = progress.add_task("experiments", total=len(missing))

@@ -50,7 +50,7 @@ def test_records_hold_what_the_report_needs(done: Path) -> None:
 
 
 def test_a_run_goes_on_where_it_was_stopped(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In one process, so that other processes can be seen to make no difference."""
+    """In one process in place of two, which is to make no difference."""
     path, experiments, place = done / "records.jsonl", chosen(ONLY, [3]), Place("smoke", done / "weights", "cpu")
     before = path.read_text(encoding="utf-8").splitlines()
     run_all(experiments, place, path, jobs=1)

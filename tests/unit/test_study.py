@@ -168,7 +168,7 @@ def test_the_report(tmp_path: Path) -> None:
     assert "| held-out loss | digits, 0.2 | digits, 0.3 | digits, 0.5 | photographs, 0.2 |" in text
     assert f"| uniform (Mixture-of-Depths) |{' 0.6015 ± 0.0005 |' * 6}" in text and "| two branches |  0.5215" not in text
     above = [LOG_LOSS.shown(Spread.of([math.log((0.6 + x) / 0.4) for x in (0.001, 0.002)]), "+")] * 6
-    assert f"| uniform (Mixture-of-Depths) | {' | '.join(above)} |" in text and above[0] == "+40.8 ± 0.1"
+    assert f"| uniform (Mixture-of-Depths) | {' | '.join(above)} |" in text and above[0] == "+0.408 ± 0.001"
     order = "dense 0.4000 ± 0.0000, DiffCR-LT, 4 regions 0.5015 ± 0.0005, DiffCR-L 0.5515 ± 0.0005, uniform"
     assert f"- digits, 0.5, from the lowest held-out loss: {order}" in text
     assert re.search(r"digits, 0\.5: DiffCR-LT, 4 regions against DiffCR-L: .*: better; lower in 2 of 2 seeds\)", text)

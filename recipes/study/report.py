@@ -27,6 +27,7 @@ from study.tasks import TASKS, task_named
 __all__ = ["Spread", "difference", "write_report"]
 
 REFERENCE, OURS = "uniform", "regions-4"
+COMPARED = tuple((task, target) for task in TASKS for target in TARGETS)
 CLAIMS = ((OURS, REFERENCE), (OURS, "uniform-ramped"), (OURS, "layers"), ("regions-10", OURS), ("relative", OURS))  # at every target
 FINDINGS = re.compile(r"<!-- findings -->\n(.*?)<!-- end of findings -->", re.DOTALL)  # written by hand, and kept
 
@@ -39,24 +40,22 @@ class Spread:
         mean: The mean.
         error: Standard deviation over the square root of the number of seeds; not a number for one seed.
         seeds: Number of seeds.
-        below: Number of seeds whose value is below 0.
     """
 
     mean: float
     error: float
     seeds: int
-    below: int
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
         """Return the spread of one value a seed."""
         error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-        return cls(statistics.fmean(values), error, len(values), sum(value < 0 for value in values))
+        return cls(statistics.fmean(values), error, len(values))
 
     @property
-    def significance(self) -> float:
-        """The mean in standard errors."""
-        return self.mean / self.error if self.error else math.copysign(math.inf, self.mean)
+    def told_apart(self) -> bool:
+        """Whether the mean is more than two standard errors from 0; never so for one seed."""
+        return abs(self.mean) > 2 * self.error
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ def summary_table(records: Records) -> str:
     return _summary(LOSS.title, lambda task, name, target: LOSS.shown(records.spread(task, name, target, LOSS)))
 
 
-def relative_table(records: Records) -> str:
+def log_table(records: Records) -> str:
     """Return the logarithm of the main arms' losses over the dense model's, a mean over timesteps."""
     return _summary(
         "log of the loss over dense",
@@ -159,13 +158,35 @@ def relative_table(records: Records) -> str:
     )
 
 
+def fid_table(records: Records) -> str:
+    """Return the main arms' FID as a share of the dense model's, within seeds."""
+
+    def cell(task: str, name: str, target: float) -> str:
+        own, dense = records.of(task, name, target), records.of(task, "dense", target)
+        shares = [own[seed]["distances"]["fid"] / dense[seed]["distances"]["fid"] for seed in own if seed in dense]
+        return FID.shown(Spread.of(shares) if shares else None)
+
+    return _summary("FID over dense", cell)
+
+
 def _summary(title: str, cell: Callable[[str, str, float], str]) -> str:
     rows = []
     for name, arm in ARMS.items():
-        cells = [cell(task, name, target) for task in TASKS for target in TARGETS]
+        cells = [cell(task, name, target) for task, target in COMPARED]
         if arm.against is None and set(cells) != {"–"}:
             rows.append([arm.title, *cells])
-    return _table([title, *(f"{task}, {target:g}" for task in TASKS for target in TARGETS)], rows)
+    return _table([title, *(f"{task}, {target:g}" for task, target in COMPARED)], rows)
+
+
+def claims_table(records: Records, metric: Metric) -> str:
+    """Return the differences that the claims are about, within seeds; those beyond two standard errors in bold."""
+    rows = []
+    for arm, other in CLAIMS:
+        found = [difference(records, metric, task, target, arm, other) for task, target in COMPARED]
+        cells = [f"**{metric.shown(each, '+')}**" if each and each.told_apart else metric.shown(each, "+") for each in found]
+        if set(cells) != {"–"}:
+            rows.append([f"{ARMS[arm].title} − {ARMS[other].title}", *cells])
+    return _table([f"{metric.title}, difference", *(f"{task}, {target:g}" for task, target in COMPARED)], rows)
 
 
 def variant_table(records: Records, task: str) -> str:
@@ -272,41 +293,6 @@ def draw_routing(records: Records, task: str, target: float) -> Figure | None:
     return figure
 
 
-def verdicts(records: Records) -> list[str]:
-    """Return what the claims of the method came to: each with its figures, whichever way they point."""
-    lines = []
-    for task in TASKS:
-        for target in TARGETS:
-            seeds = records.of(task, REFERENCE, target).keys()
-            trained = [name for name, arm in ARMS.items() if arm.against is None and arm.trained]
-            ordered = [name for name in trained if records.of(task, name, target).keys() == seeds]
-            found = {name: records.spread(task, name, target, LOSS) for name in ordered}
-            known = {name: spread.mean for name, spread in found.items() if spread is not None}
-            if REFERENCE in known:
-                order = ", ".join(f"{ARMS[name].title} {LOSS.shown(found[name])}" for name in sorted(known, key=lambda name: known[name]))
-                lines.append(f"- {task}, {target:g}, from the lowest held-out loss: {order}.")
-            lines += [line for arm, other in CLAIMS for line in _compared(records, task, target, arm, other)]
-        lines += [line for arm in ("two", "layers-two") for line in _compared(records, task, VARIANT_TARGET, arm, str(ARMS[arm].against))]
-        own, dense = records.of(task, OURS, 0.2), records.of(task, "dense", 0.2)
-        shares = [own[seed]["distances"]["fid"] / dense[seed]["distances"]["fid"] for seed in own if seed in dense]
-        if shares:
-            lines.append(f"- {task}, 0.2: FID of {ARMS[OURS].title} is {FID.shown(Spread.of(shares))} of the dense model's.")
-    return lines
-
-
-def _compared(records: Records, task: str, target: float, arm: str, other: str) -> list[str]:
-    """Return a line on two arms, or none where there are no records of both for a seed."""
-    apart, log, fid = (difference(records, metric, task, target, arm, other) for metric in (LOSS, LOG_LOSS, FID))
-    if apart is None or log is None or fid is None:
-        return []
-    outcome = "better" if apart.significance < -2 else "worse" if apart.significance > 2 else "not told apart"
-    told = f"{apart.significance:+.1f} standard errors: {outcome}; lower in {apart.below} of {apart.seeds} seeds"
-    return [
-        f"- {task}, {target:g}: {ARMS[arm].title} against {ARMS[other].title}: held-out loss {LOSS.shown(apart, '+')} "
-        f"({'one seed' if apart.seeds == 1 else told}), its logarithm {LOG_LOSS.shown(log, '+')}, FID {FID.shown(fid, '+')}."
-    ]
-
-
 def current(records: Sequence[Record]) -> list[Record]:
     """Return the records of experiments as they would be run now."""
 
@@ -353,8 +339,9 @@ def write_report(path: Path, out: Path) -> None:
     draw_overview(records).savefig(pictures / "overview.png", dpi=110)
     parts += ["## The claims, in figures", "![Held-out loss against FLOPs](pictures/overview.png)", summary_table(records)]
     parts += ["The same as a mean over timesteps of the logarithm, so that a hundredth of its loss counts alike at each of them:"]
-    parts += [relative_table(records)]
-    parts += ["\n".join(verdicts(records)) or "Not all arms have been run yet."]
+    parts += [log_table(records), "How far samples are from real images, against how far the dense model's are:", fid_table(records)]
+    parts += ["The claims one by one; in bold what is more than two standard errors from 0:"]
+    parts += [claims_table(records, metric) for metric in (LOSS, LOG_LOSS, FID)]
     for task in TASKS:
         parts.append(f"## {task.capitalize()}")
         for target in TARGETS:

@@ -22,7 +22,7 @@ class Arm:
 
     Attributes:
         title: Its row in the tables.
-        kind: What bypasses: nothing, random tokens, merged ones, or those a router chooses.
+        kind: What bypasses blocks: nothing, all tokens the last ones, random tokens, merged ones, or those a router chooses.
         trained: Whether it is fine-tuned, as long as the dense model; if not, it is made of the fine-tuned dense model.
         settings: Of the conversion, besides target and timestep range; of `TokenMerging`, if tokens are merged.
         rule: What moves the ratio table: nothing; `RatioOptimizer`, by the gradient as it is or relative to the loss of its part of the
@@ -34,7 +34,7 @@ class Arm:
     """
 
     title: str
-    kind: Literal["dense", "random", "merging", "routed"] = "routed"
+    kind: Literal["dense", "shallow", "random", "merging", "routed"] = "routed"
     trained: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
     rule: Literal["fixed", "own", "relative", "paper"] = "own"
@@ -68,6 +68,7 @@ ARMS = {
     "merging-free": Arm("Token Merging, training-free", "merging", trained=False, settings=SKIPS),
     "random": Arm("random tokens", "random"),
     "merging": Arm("Token Merging", "merging", settings=SKIPS),
+    "shallow": Arm("last blocks left out", "shallow"),
     "uniform": Arm("uniform (Mixture-of-Depths)", rule="fixed"),
     "uniform-ramped": Arm("uniform, ramped in as learned ratios are", options={"lr": 0.0}),
     "layers": Arm("DiffCR-L"),

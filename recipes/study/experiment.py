@@ -195,7 +195,7 @@ def run(experiment: Experiment, place: Place) -> Record:
     found |= more
     losses = held_out_losses(task, model, seed=10 * seed + 2, batch=size.sample_batch)
     found |= {"losses": losses, "loss": statistics.fmean(losses)} | _costs(model, dense, task, size)
-    wanted = task.wanted(size.samples)
+    wanted = task.wanted(size.samples).to(torch.device(place.device))
     samples = draw(task, model, wanted, steps=size.sample_steps, seed=10 * seed + 3, batch=size.sample_batch)
     found |= {"samples": len(wanted), **asdict(task.judge(samples, wanted))}
     seconds = time.perf_counter() - started
@@ -216,12 +216,16 @@ def _made(experiment: Experiment, models: Models) -> tuple[nn.Module, Record]:
     if arm.kind == "routed":
         dcs.convert_(model, example, arm.config(target))
         found["settings"] = settings_of(arm, target)
+    elif arm.kind == "shallow":
+        found["ratio"] = _leave_out(model, example, budget, target)
     else:
         found["ratio"] = _shorten(model, plan, example, share, experiment)
     if arm.trained:
         found["train_seconds"] = _finetune(model, arm, models)
     if arm.kind == "routed":
         found |= _specialised(model, arm, task, example, budget, share)
+    elif arm.kind == "shallow":
+        dcs.specialize_(model)
     return model, found
 
 
@@ -301,6 +305,21 @@ def routing_maps(model: nn.Module, task: Task) -> list[list[str]]:
             passed.scatter_add_(1, order[:, :kept], torch.ones_like(order[:, :kept]))
         maps.append(["".join(DIGITS[count] for count in image) for image in passed.tolist()])
     return maps
+
+
+def _leave_out(model: Any, example: dict[str, Any], budget: Budget, target: float) -> float:
+    """Leave out the last blocks, in place; return the compression ratio.
+
+    For the part of a block that is then still to be saved, tokens bypass the last one that stays, by a router of its own.
+    """
+    depth = len(model.blocks)
+    gone, rest = divmod(depth * budget.uniform(target), 1.0)  # in blocks, which all cost the same
+    left = depth - int(gone)
+    model.blocks = model.blocks[:left]
+    one = replace(budget, costs=budget.costs[:1])
+    ratio = min((ratio for ratio in BINS if ratio <= budget.max_ratio), key=lambda ratio: abs(one.uniform(ratio) - rest))
+    dcs.convert_(model, example, dcs.DiffCRConfig(blocks=rf"blocks\.{left - 1}", initial_ratio=ratio, learn_ratios=False, bins=BINS))
+    return (depth - left + ratio) / depth
 
 
 def _shorten(model: nn.Module, plan: dcs.SurgeryPlan, example: dict[str, Any], share: float, experiment: Experiment) -> float:

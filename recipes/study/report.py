@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import scipy.stats
 import torch
 from einops import rearrange
 from matplotlib.axes import Axes
@@ -20,7 +21,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from study.arms import ARMS, TARGETS, VARIANT_TARGET, Experiment
-from study.experiment import Record, key_of
+from study.experiment import SIZES, Record, key_of
 from study.runner import read_records
 from study.tasks import TASKS, task_named
 
@@ -52,10 +53,14 @@ class Spread:
         error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
         return cls(statistics.fmean(values), error, len(values))
 
+    def beyond(self, errors: float) -> bool:
+        """Return whether the mean is more than so many standard errors from 0; never so for one seed."""
+        return abs(self.mean) > errors * self.error
+
     @property
-    def told_apart(self) -> bool:
-        """Whether the mean is more than two standard errors from 0; never so for one seed."""
-        return abs(self.mean) > 2 * self.error
+    def sure(self) -> bool:
+        """Whether the mean differs from 0 at the 5 % level, by Student's t: for three seeds, that takes 4.3 standard errors."""
+        return self.beyond(float(scipy.stats.t.ppf(0.975, self.seeds - 1)))
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,9 @@ class Records:
     """Records by task, arm, target and seed; of two with the same, the later one counts."""
 
     def __init__(self, records: Sequence[Record]) -> None:
+        sizes = sorted({record["size"] for record in records})
+        if len(sizes) > 1:
+            raise SystemExit(f"The records are of sizes {', '.join(sizes)}, and a report is on one: run them into different folders.")
         self._all = {(r["task"], r["arm"], r["target"], r["seed"]): r for r in records}
         bases: dict[tuple[str, int], set[str]] = {}
         for record in self._all.values():
@@ -179,14 +187,21 @@ def _summary(title: str, cell: Callable[[str, str, float], str]) -> str:
 
 
 def claims_table(records: Records, metric: Metric) -> str:
-    """Return the differences that the claims are about, within seeds; those beyond two standard errors in bold."""
+    """Return the differences that the claims are about, within seeds."""
     rows = []
     for arm, other in CLAIMS:
         found = [difference(records, metric, task, target, arm, other) for task, target in COMPARED]
-        cells = [f"**{metric.shown(each, '+')}**" if each and each.told_apart else metric.shown(each, "+") for each in found]
+        cells = [_marked(metric.shown(each, "+"), each) for each in found]
         if set(cells) != {"–"}:
             rows.append([f"{ARMS[arm].title} − {ARMS[other].title}", *cells])
     return _table([f"{metric.title}, difference", *(f"{task}, {target:g}" for task, target in COMPARED)], rows)
+
+
+def _marked(cell: str, apart: Spread | None) -> str:
+    """Put a difference in bold if it is beyond two standard errors, with a dagger if that is unlikely to be chance."""
+    if apart is None or not apart.beyond(2):
+        return cell
+    return f"**{cell}**†" if apart.sure else f"**{cell}**"
 
 
 def variant_table(records: Records, task: str) -> str:
@@ -238,12 +253,9 @@ def draw_overview(records: Records) -> Figure:
 
 
 def _draw_curves(axes: Axes, records: Records, task: str, quality: Metric, cost: Metric) -> None:
-    """Draw one line an arm, through its targets.
-
-    Random tokens and arms without training are in the tables alone: what they lose would flatten all others.
-    """
+    """Draw one line an arm, through its targets; arms without training would flatten all others, and are in the tables alone."""
     for name, arm in ARMS.items():
-        if arm.against is not None or not arm.trained or name == "random":
+        if arm.against is not None or not arm.trained:
             continue
         points = [(records.spread(task, name, target, cost), records.spread(task, name, target, quality)) for target in TARGETS]
         found = [(x, y) for x, y in points if x is not None and y is not None]
@@ -309,14 +321,23 @@ def about(records: Records) -> str:
     devices, versions = (sorted({record[name] for record in found}) for name in ("device", "torch"))
     seeds = sorted({record["seed"] for record in found})
     hours = sum(record["seconds"] for record in found) / 3600
-    sizes = sorted({record["size"] for record in found})
-    return (
-        f"{len(found)} experiments of size {', '.join(sizes)}, seeds {', '.join(map(str, seeds))}, on {'; '.join(devices)}, torch "
-        f"{', '.join(versions)}: {hours:.1f} hours of one process. ± is the standard error over the seeds; differences are taken within "
-        "seeds, in which all arms start from one dense model and see the same images, timesteps and noise in the same order. FLOPs and "
-        "latency are shares of the dense model's; latencies are medians, in turns with the dense model, while other experiments kept the "
-        "other cores busy. FID of photographs is between filled crops and the same crops as they were; what is recognised there is what "
-        "the classifier takes for the same photograph as the crop as it was."
+    size = SIZES[found[0]["size"]]
+    return "\n\n".join(
+        [
+            f"{len(found)} experiments of size {found[0]['size']}, seeds {', '.join(map(str, seeds))}, on {'; '.join(devices)}, torch "
+            f"{', '.join(versions)}: {hours:.1f} hours of one process, besides the training of dense models.",
+            f"Denoisers are adaLN-zero DiTs of {size.depth} blocks, {size.width} wide, on 256 tokens. For each seed and task a dense one "
+            f"is trained for {size.base_steps:,} steps. All arms start from it and are fine-tuned for {size.steps:,} more, with the same "
+            f"images, timesteps and noise in the same order: batch {size.batch}, AdamW, learning rates that fall along a cosine from "
+            f"{size.base_lr:g} and {size.lr:g}. Samples take {size.sample_steps} steps of DDIM without guidance, from the same noise. A "
+            "target is a saving of FLOPs: what this compression ratio would save in every block. All arms are brought to it, whatever mean "
+            "ratio that takes them.",
+            "± is the standard error over the seeds, that is, over trainings: images, held-out ones too, are the same for all of them. "
+            "Differences are taken within seeds. FLOPs and latency are shares of the dense model's; latencies are medians, in turns with "
+            "it, beside whatever else the machine did: the two uniform arms, which run the same kernels, show how far to trust them. "
+            "Settings of the library and of the study's training were chosen on other seeds of these tasks by held-out losses on the "
+            "same images, and for learned ratios, not for what they are compared with.",
+        ]
     )
 
 
@@ -329,6 +350,8 @@ def write_report(path: Path, out: Path) -> None:
     """
     every = read_records(path)
     records = Records(current(every))
+    if not list(records):
+        raise SystemExit(f"{path} holds no record of experiments as they would be run now.")
     pictures = out / "pictures"
     pictures.mkdir(parents=True, exist_ok=True)
     results = out / "RESULTS.md"
@@ -340,10 +363,13 @@ def write_report(path: Path, out: Path) -> None:
     parts += ["## The claims, in figures", "![Held-out loss against FLOPs](pictures/overview.png)", summary_table(records)]
     parts += ["The same as a mean over timesteps of the logarithm, so that a hundredth of its loss counts alike at each of them:"]
     parts += [log_table(records), "How far samples are from real images, against how far the dense model's are:", fid_table(records)]
-    parts += ["The claims one by one; in bold what is more than two standard errors from 0:"]
+    parts += [
+        "The claims one by one: in bold what is more than two standard errors from 0, with † what is so beyond 5 % of chance by Student's "
+        "t, which for three seeds takes 4.3 standard errors. Of so many differences, some get there by chance all the same."
+    ]
     parts += [claims_table(records, metric) for metric in (LOSS, LOG_LOSS, FID)]
     for task in TASKS:
-        parts.append(f"## {task.capitalize()}")
+        parts += [f"## {task.capitalize()}", task_named(task).about()]
         for target in TARGETS:
             if records.of(task, REFERENCE, target):
                 parts += [f"### Target {target:g}", main_table(records, task, target)]
@@ -352,7 +378,7 @@ def write_report(path: Path, out: Path) -> None:
             parts += [f"### One setting at a time, target {VARIANT_TARGET:g}", variant_table(records, task)]
         draw_trade_off(records, task).savefig(pictures / f"{task}_trade_off.png", dpi=110)
         parts.append(f"![Quality against cost](pictures/{task}_trade_off.png)")
-        parts.append("Random tokens and arms without training are left out of the picture: they would flatten the others.")
+        parts.append("Arms without training are left out of the picture: they would flatten the others.")
         routing = draw_routing(records, task, VARIANT_TARGET)
         if routing is not None:
             routing.savefig(pictures / f"{task}_routing.png", dpi=110)

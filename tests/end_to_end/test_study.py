@@ -15,7 +15,14 @@ from study.runner import run_all
 from tests.launch import run_recipe
 
 FOLDER = Path(study.__file__).parent
-ONLY = ("digits/dense/*", "digits/uniform/0.3/*", "digits/merging-free/0.5/*", "digits/regions-10/0.5/*", "digits/budget-10/*")
+ONLY = (
+    "digits/dense/*",
+    "digits/uniform/0.3/*",
+    "digits/merging-free/0.5/*",
+    "digits/regions-10/0.5/*",
+    "digits/budget-10/*",
+    "digits/shallow/0.5/*",
+)
 
 
 def run(out: Path, *arguments: str) -> str:
@@ -35,7 +42,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_records_hold_what_the_report_needs(done: Path) -> None:
     found = {record["arm"]: record for record in records(done)}
-    assert found.keys() == {"dense", "uniform", "merging-free", "regions-10", "budget-10"}
+    assert found.keys() == {"dense", "uniform", "merging-free", "regions-10", "budget-10", "shallow"}
     assert len({record["base"] for record in found.values()}) == 1
     assert all(len(record["losses"]) == 20 and record["loss"] > 0 and record["distances"]["fid"] > 0 for record in found.values())
     assert found["dense"]["flops_share"] == 1.0 and "train_seconds" not in found["merging-free"]
@@ -63,6 +70,14 @@ def test_a_run_goes_on_where_it_was_stopped(done: Path, capsys: pytest.CaptureFi
     again = records(done)[-1]
     same = ("key", "base", "losses", "distances", "ratio")
     assert {name: again[name] for name in same} == {name: lost[name] for name in same}
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path: Path) -> None:
+    run(
+        tmp_path / "out", "--device", "cuda", "--jobs", "1", "--only", "*/dense/*", "*/regions-4/0.3/*", "*/merging/0.3/*", "*/random/0.3/*"
+    )
+    assert len(records(tmp_path / "out")) == 8
 
 
 def test_it_shows_what_there_is(tmp_path: Path) -> None:

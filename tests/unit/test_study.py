@@ -19,6 +19,7 @@ from study.tasks import PARTS, Task, draw, part_timesteps, task_named
 from study.training import OwnRule, Schedule, train
 
 import diffcr_surgery as dcs
+from diffcr_surgery.ratios import Budget
 from tests.small import LAYERS, REGIONS, converted, give
 
 BOTH = ("digits", "photographs")
@@ -82,6 +83,25 @@ def test_tasks_fit_their_denoisers(name: str) -> None:
     assert (perfect.psnr is None) == (name == "digits") and (perfect.psnr is None or perfect.psnr > 40)
 
 
+@pytest.mark.parametrize("target", arms.TARGETS)
+def test_a_shallower_model_costs_what_the_others_do(target: float) -> None:
+    task = task_named("digits")
+    call = experiment.call_of(task.held_out[:1], 500)
+    counted = []
+    for arm in ("uniform", "shallow"):
+        model: Any = task.new_denoiser(16, 6, 2)
+        plan = dcs.plan(model, call, dcs.DiffCRConfig(cost="flops", bins=arms.BINS))
+        if arm == "uniform":
+            dcs.convert_(model, call, ARMS[arm].config(target))
+        else:
+            budget = Budget.of(plan.config, torch.tensor(plan.site_costs))
+            assert target < experiment._leave_out(model, call, budget, target) < target + 0.2
+            assert len(model.blocks) == {0.2: 5, 0.3: 4, 0.5: 3}[target]
+        dcs.specialize_(model.eval())
+        counted.append(experiment._flops(model, call))
+    assert counted[0] == pytest.approx(counted[1], rel=0.01)
+
+
 def test_every_batch_lies_in_one_region_of_each_arm() -> None:
     assert sorted(t for part in range(PARTS) for t in part_timesteps(part)) == list(range(1000))
     for arm in ARMS.values():
@@ -135,11 +155,23 @@ def test_differences_are_taken_within_seeds() -> None:
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_what_is_told_apart(sign: int) -> None:
-    assert Spread.of([sign * 0.1, sign * 0.1]).told_apart and Spread.of([sign * 0.1, sign * 0.15]).told_apart
-    assert not Spread.of([sign * 0.1, sign * 0.5]).told_apart, "1.5 standard errors"
-    assert not Spread.of([sign * 0.1]).told_apart, "one seed tells nothing"
-    assert not Spread.of([0.0, 0.0]).told_apart
+def test_how_sure_a_difference_is(sign: int) -> None:
+    values = {
+        (0.1, 0.1, 0.1): (True, True),
+        (0.10, 0.11, 0.12): (True, True),
+        (0.1, 0.2, 0.3): (True, False),
+        (0.1, 0.2, 0.7): (False, False),
+    }
+    for given, expected in values.items():
+        spread = Spread.of([sign * value for value in given])
+        assert (spread.beyond(2), spread.sure) == expected, f"{abs(spread.mean) / max(spread.error, 1e-9)} standard errors"
+    for nothing in (Spread.of([sign * 0.1]), Spread.of([0.0, 0.0])):
+        assert not nothing.beyond(2) and not nothing.sure, "one seed tells nothing"
+
+
+def test_a_report_is_on_one_size() -> None:
+    with pytest.raises(SystemExit, match="sizes small, smoke"):
+        Records([record("digits", "uniform", 0.3, 0, 0.5), record("digits", "layers", 0.3, 0, 0.5, size="smoke")])
 
 
 def test_an_arm_without_its_counterpart_is_not_compared() -> None:
@@ -163,15 +195,16 @@ def test_the_report(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     write_report(path, tmp_path)
     text = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
-    assert f"{len(rows)} experiments of size small, seeds 1, 2, on a processor" in text
+    assert f"{len(rows)} experiments of size small, seeds 1, 2, on a processor" in text and "6 blocks, 64 wide" in text
+    assert "16 × 16, each pixel a token" in text and "from the right 30 % of the same photographs" in text
     assert "| held-out loss | digits, 0.2 | digits, 0.3 | digits, 0.5 | photographs, 0.2 |" in text
     assert f"| uniform (Mixture-of-Depths) |{' 0.6015 ± 0.0005 |' * 6}" in text and "| two branches |  0.5215" not in text
     above = [LOG_LOSS.shown(Spread.of([math.log((0.6 + x) / 0.4) for x in (0.001, 0.002)]), "+")] * 6
     assert f"| uniform (Mixture-of-Depths) | {' | '.join(above)} |" in text and above[0] == "+0.408 ± 0.001"
     assert f"| DiffCR-LT, 4 regions |{' 1.254 ± 0.001 |' * 6}" in text, "FID over dense"
     assert f"| held-out loss, difference |{''.join(f' {task}, {target} |' for task in BOTH for target in (0.2, 0.3, 0.5))}" in text
-    assert f"| DiffCR-LT, 4 regions − uniform (Mixture-of-Depths) |{' **-0.1000 ± 0.0000** |' * 6}" in text
-    assert f"| DiffCR-LT, 4 regions − DiffCR-L |{' **-0.0500 ± 0.0000** |' * 6}" in text and "relative gradients −" not in text
+    assert f"| DiffCR-LT, 4 regions − uniform (Mixture-of-Depths) |{' **-0.1000 ± 0.0000**† |' * 6}" in text
+    assert f"| DiffCR-LT, 4 regions − DiffCR-L |{' **-0.0500 ± 0.0000**† |' * 6}" in text and "relative gradients −" not in text
     assert "| two branches | DiffCR-LT, 4 regions | 1.00× | 0.700 ± 0.000 | +0.0200 ± 0.0000 |" in text
     assert "| two branches | DiffCR-L | 1.00× | 0.700 ± 0.000 | -0.0300 ± 0.0000 |" in text
     for name in ("overview", "digits_trade_off", "digits_routing", "photographs_trade_off", "photographs_routing", "tables"):

@@ -192,7 +192,7 @@ def _fill(model: torch.nn.Module, settings: dict[str, Any], tensors: dict[str, t
     broken = sorted(name for name, t in tensors.items() if t.dtype not in FLOATS or not bool(t.to(own[name].dtype).isfinite().all()))
     if broken:
         raise AdapterError(f"{path}: {broken} hold values that are no finite numbers; the file is damaged. Save it anew.")
-    table, limit, costs = tensors["ratio_table"], state.config.max_ratio, tensors["site_costs"]
+    table, limit, costs = tensors["ratio_table"], state.config.reachable_bins[-1], tensors["site_costs"]
     if bool(((table < 0) | (table > limit + 1e-6)).any()):
         raise AdapterError(f"{path}: ratio_table holds ratios outside [0, {limit:g}]; the file is damaged. Save it anew.")
     if bool((costs < 0).any() or (costs > 1).any() or (costs[:, 0] == 0).any() or (costs.diff(dim=1) > 0).any()):

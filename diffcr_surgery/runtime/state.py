@@ -141,6 +141,8 @@ class DiffCRState(nn.Module):
     def ratios(self) -> Tensor:
         """Return the table as it counts, on the CPU: finite and within ``[0, max_ratio]``; the parameter itself is brought there.
 
+        The bin above ``max_ratio``, where inference runs ratios close to it, is kept as well.
+
         Raises:
             NonFiniteError: If an entry is not finite.
         """
@@ -153,8 +155,9 @@ class DiffCRState(nn.Module):
             )
         if self.specialized:
             return values
-        # A table that has settled is of bins, and one may lie above max_ratio.
-        bounded = values.clamp(0.0, self.config.reachable_bins[-1] if self.settled else self.config.max_ratio)
+        highest = self.config.reachable_bins[-1]  # above max_ratio if that lies between two bins; a table that has settled may stand there
+        bounded = values.clamp(0.0, highest if self.settled else self.config.max_ratio)
+        bounded = torch.where((values - highest).abs() < 1e-6, values, bounded)
         if not torch.equal(bounded, values):
             assign_(self.ratio_table.data, bounded)  # a projection after the step: clamping inside the graph would stop the gradient
         return bounded
@@ -176,8 +179,8 @@ class DiffCRState(nn.Module):
         if not self.training or not self.config.learn_ratios:
             return tuple(Decision(self._bin(value)) for value in self.executed_ratios()[:, region].tolist())
         # At its upper bound a ratio lies between the last two bins in reach: beyond them short streams have no token left to give up.
-        # A table that has settled needs no gradient, and runs as inference will: on the bin below, at the upper bound too.
-        bins = self.config.bins if self.settled else self.config.reachable_bins
+        # A table that has settled needs no gradient, and runs as inference will: on the bin below, which the last one is with 1 behind it.
+        bins = (*self.config.bins, *((1.0,) if self.config.bins[-1] < 1.0 else ())) if self.settled else self.config.reachable_bins
         return tuple(Decision(*bracket(value, bins)) for value in self.ratios()[:, region].tolist())
 
     def altered(self) -> Mapping[str, bool]:

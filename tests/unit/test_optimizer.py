@@ -107,6 +107,37 @@ def test_a_model_that_has_settled_is_trained_as_it_will_run(branches: str, max_r
     assert dcs.ratio_table(model).grad is not None, "data parallelism waits for the gradient of every parameter"
 
 
+@pytest.mark.parametrize("branches", ["two", "boundary"])
+def test_bins_that_do_not_end_at_one_settle_too(branches: str) -> None:
+    model = converted(branches=branches, bins=(0.0, 0.25, 0.5), max_ratio=0.5, target_ratio=0.5, initial_ratio=0.5)
+    for router in model.diffcr.routers.values():
+        nn.init.normal_(router.weight)
+    model.diffcr.settled = True
+    trained = model.train()(**inputs(100.0, 900.0))
+    with torch.no_grad():
+        assert torch.allclose(trained, model.eval()(**inputs(100.0, 900.0)), atol=1e-6)
+
+
+def test_a_bin_above_the_bound_is_kept_wherever_the_table_goes(tmp_path: Path) -> None:
+    """With a bound between two bins, inference runs at the one above it, and so does a table that has settled."""
+    model = converted(max_ratio=0.85, target_ratio=0.8)
+    optimizer = dcs.RatioOptimizer(model, total_steps=4, lr=1.0)
+    for _ in range(4):
+        give(model, torch.linspace(-1, 1, LAYERS * REGIONS).reshape(LAYERS, REGIONS))
+        optimizer.step()
+    executed = model.diffcr.executed_ratios()
+    assert float(executed.max()) == pytest.approx(0.9)
+    dcs.save_adapter(model, tmp_path)
+    loaded = dcs.load_adapter_(Denoiser(), tmp_path, inputs(100.0, 900.0))
+    other = converted(max_ratio=0.85, target_ratio=0.8)
+    other.load_state_dict(model.state_dict())
+    for each in (loaded, other):
+        assert torch.equal(each.diffcr.executed_ratios(), executed) and torch.equal(dcs.ratio_table(each), dcs.ratio_table(model))
+    with torch.no_grad():
+        dcs.ratio_table(other)[0] = 0.87
+    assert float(other.diffcr.ratios()[0].max()) == pytest.approx(0.85)
+
+
 def test_a_table_that_is_learned_anew_is_not_settled(model: nn.Module) -> None:
     optimizer = dcs.RatioOptimizer(model, total_steps=2, settle=0.5)
     for _ in range(2):

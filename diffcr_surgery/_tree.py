@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import enum
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping
+from types import ModuleType
 from typing import Any, TypeVar
 
+import numpy
 import torch
 
 __all__ = [
     "Identity",
     "Leaf",
     "Slot",
+    "attributes_of_object",
     "by_name",
     "fill",
     "flatten",
@@ -29,7 +33,8 @@ __all__ = [
 
 T = TypeVar("T")
 
-_PLAIN = frozenset({bool, int, float, complex, str, type(None), torch.dtype, torch.device})
+_PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device})
+_ALIKE = (int, float, complex, str, bytes, enum.Enum)  # classes derived from these stay as they are, too
 MANY = 64  # entries; a container of more is data and no setting, and too long to compare at every call
 DEPTH = 4
 
@@ -168,6 +173,8 @@ def freeze(template: Any) -> Any:
         return (type(template).__name__, *((key, freeze(value)) for key, value in template.items()))
     if isinstance(template, slice):
         return ("slice", freeze(template.start), freeze(template.stop), freeze(template.step))
+    if isinstance(template, numpy.ndarray):
+        return _array(template)
     attributes = () if isinstance(template, type) else plain_attributes(template)
     try:
         hash(template)
@@ -179,13 +186,17 @@ def freeze(template: Any) -> Any:
 def plain(value: Any, depth: int = DEPTH) -> Hashable:
     """Return a plain value, or a small container of nothing else, as a key; ``None`` for any other, such as a cache of tensors."""
     kind = type(value)
-    if kind in _PLAIN:
+    if kind in _PLAIN or isinstance(value, _ALIKE):
         return (kind, value)
-    if not isinstance(value, (tuple, list, dict)) or len(value) > MANY or not depth:
+    if isinstance(value, numpy.generic) or (isinstance(value, numpy.ndarray) and value.size <= MANY):
+        return _array(value)
+    if not isinstance(value, (tuple, list, dict, set, frozenset)) or len(value) > MANY or not depth:
         return None
     inner = tuple(plain(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value))
     if None in inner:
         return None
+    if isinstance(value, (set, frozenset)):
+        return (kind, frozenset(inner))
     return (kind, tuple(value), inner) if isinstance(value, dict) else (kind, inner)
 
 
@@ -193,6 +204,19 @@ def plain_attributes(value: Any) -> tuple[tuple[str, Hashable], ...]:
     """Return name and key of each attribute of an object that is plain."""
     found = ((name, plain(attribute)) for name, attribute in getattr(value, "__dict__", {}).items())
     return tuple((name, key) for name, key in found if key is not None)
+
+
+def attributes_of_object(value: Any) -> Hashable:
+    """Return what is plain of an object, such as a configuration, as a key; ``None`` for what is none, or has nothing plain."""
+    if isinstance(value, (torch.Tensor, torch.nn.Module, type, ModuleType)):
+        return None
+    found = plain_attributes(value)
+    return (type(value), found) if found else None
+
+
+def _array(value: Any) -> Hashable:
+    """Return a NumPy array or number as a key."""
+    return (type(value), value.dtype.str, value.shape, value.tobytes())
 
 
 def by_name(bound: inspect.BoundArguments) -> dict[str, Any]:

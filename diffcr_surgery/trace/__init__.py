@@ -82,8 +82,9 @@ def trace(model: torch.nn.Module, example_inputs: Any) -> Trace:
     Raises:
         TraceError: If the inputs do not fit, or the recording does not reproduce the model. Refused by name, outside of submodules that
             are kept whole: counting in an attribute, Python's or NumPy's random numbers, tensors hidden in objects, custom autograd
-            functions, and hooks. Known limits: reads of Python state outside the model's own attributes (global variables), and modules
-            that leak tensors other than by returning them.
+            functions, and hooks. Known limits: reads of Python state outside the model's own attributes (global variables), or deep in
+            objects among them (what is plain of an object's own attributes is followed); and modules that leak tensors other than by
+            returning them.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU())

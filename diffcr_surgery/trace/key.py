@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from diffcr_surgery._tree import Leaf, by_name, flatten, freeze, map_leaves, plain
+from diffcr_surgery._tree import Leaf, attributes_of_object, by_name, flatten, freeze, map_leaves, plain
 from diffcr_surgery.errors import TraceError
 from diffcr_surgery.trace.recorder import autocast_state, has_hooks
 
 __all__ = [
     "Call",
+    "InputKey",
     "ModelState",
     "Settings",
     "StateKey",
@@ -27,6 +28,7 @@ __all__ = [
     "example_call",
     "input_key",
     "model_device",
+    "plain_values_that_differ",
     "settings",
 ]
 
@@ -166,7 +168,10 @@ def _hides_tensor(value: Any, seen: set[int]) -> bool:
     return any(_hides_tensor(each, seen) for each in held)
 
 
-def input_key(call: Call) -> Hashable:
+InputKey = tuple[Any, Hashable]  # the arguments without their tensors; all else
+
+
+def input_key(call: Call) -> InputKey:
     """Return what a recording depends on in its inputs: structure, plain values, shapes, dtypes, devices, gradients, aliasing, modes."""
     first: dict[int, int] = {}
     layouts = tuple(
@@ -174,7 +179,16 @@ def input_key(call: Call) -> Hashable:
         for index, (path, tensor) in enumerate(zip(call.paths, call.tensors, strict=True))
     )
     device = device_of(call.tensors).type
-    return (freeze(call.template), layouts, torch.is_grad_enabled(), autocast_state(device), torch.backends.mha.get_fastpath_enabled())
+    modes = (torch.is_grad_enabled(), autocast_state(device), torch.backends.mha.get_fastpath_enabled())
+    return freeze(call.template), (layouts, modes)
+
+
+def plain_values_that_differ(one: InputKey, other: InputKey) -> list[str]:
+    """Return the names of the arguments in which two keys differ, if they differ in plain values alone."""
+    if one[1] != other[1]:
+        return []
+    values, others = dict(one[0][1:]), dict(other[0][1:])
+    return [name for name in values | others if values.get(name) != others.get(name)]
 
 
 Settings = tuple[tuple[int, str, Hashable], ...]  # number of the module, name and key of an attribute
@@ -185,7 +199,8 @@ class ModelState:
     """The part of a model's state that its recorded forward may have read without a trace.
 
     These are the plain attributes (``training``, ``gradient_checkpointing``, ...) of the modules whose forward the graph replaced, small
-    containers of plain values among them, and the dtype and device of the first parameter of every leaf.
+    containers of plain values among them, the plain attributes of objects among them, such as a configuration, and the dtype and device of
+    the first parameter of every leaf.
     """
 
     def __init__(self, inlined: Iterable[torch.nn.Module], leaves: Iterable[torch.nn.Module]) -> None:
@@ -194,7 +209,12 @@ class ModelState:
 
     def key(self) -> StateKey:
         """Return the present state as a hashable value."""
-        attributes = tuple((number, name, key) for number, module in enumerate(self._inlined) for name, key in settings(module))
+        attributes = tuple(
+            (number, name, key)
+            for number, module in enumerate(self._inlined)
+            for name, value in _own(module)
+            if (key := plain(value) or attributes_of_object(value)) is not None
+        )
         first = map(_first_parameter, self._leaves)
         hooks = tuple(map(has_hooks, self._inlined[1:]))  # the first is the model itself, whose hooks run around the graph
         return attributes, (hooks, tuple((p.dtype, p.device) for p in first if p is not None))
@@ -208,11 +228,14 @@ class ModelState:
 
 def settings(module: torch.nn.Module) -> Iterator[tuple[str, Hashable]]:
     """Yield name and key of a module's own attributes that are plain values or small containers of nothing else."""
-    for name, value in vars(module).items():
-        if name not in _NO_SETTINGS:
-            key = plain(value)
-            if key is not None:
-                yield name, key
+    for name, value in _own(module):
+        key = plain(value)
+        if key is not None:
+            yield name, key
+
+
+def _own(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, value) for name, value in vars(module).items() if name not in _NO_SETTINGS)
 
 
 def _first_parameter(module: torch.nn.Module) -> torch.nn.Parameter | None:

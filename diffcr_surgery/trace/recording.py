@@ -17,7 +17,18 @@ from diffcr_surgery._tree import fill, flatten
 from diffcr_surgery.errors import TraceError
 from diffcr_surgery.trace.blocks import block_candidates, block_kind
 from diffcr_surgery.trace.builder import BuiltGraph, StaleRecordingError, build, build_flow, expect
-from diffcr_surgery.trace.key import Call, ModelState, Settings, StateKey, check_arguments, copies, input_key, model_device
+from diffcr_surgery.trace.key import (
+    Call,
+    InputKey,
+    ModelState,
+    Settings,
+    StateKey,
+    check_arguments,
+    copies,
+    input_key,
+    model_device,
+    plain_values_that_differ,
+)
 from diffcr_surgery.trace.recorder import Frame, Recorder, rng_state
 from diffcr_surgery.trace.reference import BlockSample, Place, Reference, perturbed_run, reference_run
 from diffcr_surgery.trace.undisturbed import Rewind, equal, foreign_random, own_modules, set_rng_state, undisturbed
@@ -147,7 +158,7 @@ class Recordings:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._entries: OrderedDict[Hashable, list[Recording]] = OrderedDict()
+        self._entries: OrderedDict[InputKey, list[Recording]] = OrderedDict()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recordings:
         return Recordings()
@@ -185,10 +196,10 @@ class Recordings:
                 )
             made = record(model, call, forward)
             result = use(made)  # under the lock: what is derived from a recording is made once, before others see it
-            self._store(key, made)
+            self._store(key, made, model)
         return result
 
-    def _try(self, key: Hashable, model: torch.nn.Module, call: Call, use: Callable[[Recording], T]) -> tuple[T] | None:
+    def _try(self, key: InputKey, model: torch.nn.Module, call: Call, use: Callable[[Recording], T]) -> tuple[T] | None:
         for recording in list(self._entries.get(key, ())):
             if not recording.fits(call):
                 continue
@@ -216,14 +227,21 @@ class Recordings:
                     others = [other for other in self._entries.get(key, []) if other is not recording]
                     self._entries[key] = [recording, *others] if first else [*others, recording]
 
-    def _store(self, key: Hashable, recording: Recording) -> None:
+    def _store(self, key: InputKey, recording: Recording, model: torch.nn.Module) -> None:
         variants = self._entries.setdefault(key, [])
         variants.insert(0, recording)
         crowded, oldest = len(variants) > MAX_VARIANTS, variants[-1]
         del variants[MAX_VARIANTS:]
         self._entries.move_to_end(key)
         while len(self._entries) > MAX_RECORDINGS:
-            self._entries.popitem(last=False)
+            former, _ = self._entries.popitem(last=False)
+            varied = plain_values_that_differ(former, key)
+            if varied:
+                warnings.warn(
+                    f"{type(model).__name__} is recorded anew for each value of {', '.join(map(repr, varied))}, which takes many times as "
+                    f"long as a call, and no more than {MAX_RECORDINGS} are kept. Give it as a tensor.",
+                    stacklevel=2,
+                )
         changing = recording.state.changed(oldest.state_key[0]) if crowded else []
         if changing:
             warnings.warn(

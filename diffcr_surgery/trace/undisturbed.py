@@ -93,7 +93,7 @@ class _Attribute:
             return
         if type(self.value) is list:  # the very object, which others may share
             self.value[:] = copy.deepcopy(self.content)
-        elif type(self.value) is dict:
+        elif type(self.value) in (dict, set):
             self.value.clear()
             self.value.update(copy.deepcopy(self.content))
         vars(self.module)[self.name] = self.value

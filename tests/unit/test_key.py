@@ -3,6 +3,7 @@
 import copy
 import random
 from collections import OrderedDict
+from enum import Enum, IntEnum
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import diffcr_surgery as dcs
 from diffcr_surgery import trace
 from diffcr_surgery._tree import map_leaves
 from diffcr_surgery.errors import TraceError
+from diffcr_surgery.trace import recording
 from diffcr_surgery.trace.key import copies, device_of, model_device
 from diffcr_surgery.trace.recording import MAX_VARIANTS
 
@@ -87,6 +89,93 @@ def test_plain_attributes_and_small_containers_of_them_are_part_of_the_key(name,
         other[0] = 7.0
         same(recorded, model, x(1))
     assert len(recorded) == (3 if isinstance(other, list) else 2)
+
+
+class Mode(Enum):
+    PLAIN = 1.0
+    LOUD = 5.0
+
+
+class Skips(IntEnum):
+    NONE = 0
+    SOME = 1
+
+
+@pytest.mark.parametrize(
+    ("value", "other", "factor"),
+    [
+        ({1.0}, {5.0}, sum),
+        (frozenset({1.0}), frozenset({2.0, 3.0}), sum),
+        (Mode.PLAIN, Mode.LOUD, lambda mode: mode.value),
+        ((Mode.PLAIN, 2.0), (Mode.LOUD, 2.0), lambda pair: pair[0].value * pair[1]),
+        (Skips.NONE, Skips.SOME, lambda skips: 1.0 + skips),
+        (np.float32(1.0), np.float32(5.0), float),
+        (np.float64(1.0), np.float64(5.0), float),
+        (np.bool_(True), np.bool_(False), lambda flag: 1.0 if flag else 5.0),
+        (np.array([1.0, 2.0]), np.array([1.0, 5.0]), lambda array: float(array.sum())),
+        (b"1", b"5", float),
+        (Holder(scale=1.0), Holder(scale=5.0), lambda config: config.scale),
+        (Holder(flags={"loud"}), Holder(flags=set()), lambda config: 1.0 + len(config.flags)),
+    ],
+    ids=lambda value: "" if callable(value) else type(value).__name__,
+)
+def test_whatever_else_may_be_a_setting_is_part_of_the_key(value, other, factor):
+    model = Scale(lambda self, x, _: x * factor(self.setting))
+    model.setting = value
+    recorded = trace(model, (x(),))
+    same(recorded, model, x(1))
+    model.setting = copy.deepcopy(value)
+    same(recorded, model, x(1))
+    assert len(recorded) == 1, "an equal one is the same"
+    model.setting = other
+    same(recorded, model, x(1))
+    assert len(recorded) == 2
+
+
+def test_a_set_and_an_object_may_be_changed_in_place():
+    model = Scale(lambda self, x, _: x * (2.0 if 3 in self.skip else 1.0) * self.config.scale)
+    model.skip, model.config = set(), Holder(scale=1.0)
+    recorded = trace(model, (x(),))
+    model.skip.add(3)
+    same(recorded, model, x(1))
+    model.config.scale = 4.0
+    same(recorded, model, x(1))
+    model.skip.clear()
+    same(recorded, model, x(1))
+
+
+def test_a_set_is_as_it_was_after_recording():
+    def forward(self, x, other):
+        self.seen.add(x.shape[1])
+        return x * len(self.seen)
+
+    model = Scale(forward)
+    model.seen = {0, 3}
+    seen = model.seen
+    trace(model, (x(),))
+    assert model.seen is seen and seen == {0, 3}
+
+
+def test_a_number_that_is_another_at_every_call_is_warned_of(monkeypatch):
+    monkeypatch.setattr(recording, "MAX_RECORDINGS", 3)
+    model = Scale(lambda self, x, other: x * other)
+    recorded = trace(model, (x(), 0.0))
+    for number in (1.0, 2.0):
+        same(recorded, model, x(1), number)
+    with pytest.warns(UserWarning, match=r"Scale is recorded anew .* 'other' .* Give it as a tensor"):
+        same(recorded, model, x(1), 3.0)
+    assert len(recorded) == 3
+    same(recorded, model, x(1)[:1], 3.0)  # another shape puts one out as well, and is no reason to warn
+
+
+def test_an_array_as_an_argument_counts_with_its_content():
+    model = Scale(lambda self, x, other: x * float(other.sum()))
+    recorded, array = trace(model, (x(), np.ones(3))), np.ones(3)
+    same(recorded, model, x(1), array)
+    assert len(recorded) == 1, "another array with the same numbers"
+    array[0] = 5.0
+    same(recorded, model, x(1), array)
+    assert len(recorded) == 2
 
 
 def flatten_sum(tree):

@@ -32,7 +32,8 @@ __all__ = [
     "settings",
 ]
 
-_NO_SETTINGS = frozenset(vars(torch.nn.Module())) - {"training"}  # what torch keeps in every module
+# What torch keeps in every module, and what diffusers and accelerate hang on one: their hooks run around a recording.
+_NO_SETTINGS = frozenset(vars(torch.nn.Module())) - {"training"} | {"_diffusers_hook", "_hf_hook"}
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ def test_a_number_that_is_another_at_every_call_is_warned_of(monkeypatch):
     recorded = trace(model, (x(), 0.0))
     for number in (1.0, 2.0):
         same(recorded, model, x(1), number)
-    with pytest.warns(UserWarning, match=r"Scale is recorded anew .* 'other' .* Give it as a tensor"):
+    with pytest.warns(UserWarning, match=r"Scale is recorded anew .* 'other', .* Give it as a tensor"):
         same(recorded, model, x(1), 3.0)
     assert len(recorded) == 3
     same(recorded, model, x(1)[:1], 3.0)  # another shape puts one out as well, and is no reason to warn

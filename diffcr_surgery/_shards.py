@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, distributed, nn
 
-__all__ = ["assign_", "is_sharded", "mean_over_processes", "several_processes", "whole"]
+__all__ = ["assign_", "by_first", "is_sharded", "mean_over_processes", "several_processes", "whole"]
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -49,3 +51,30 @@ def mean_over_processes(tensor: Tensor) -> Tensor:
     total = tensor.to("cuda") if on_gpu else tensor.clone()
     distributed.all_reduce(total)
     return (total / distributed.get_world_size()).to(tensor.device)
+
+
+def by_first(work: Callable[[], None]) -> None:
+    """Do something in the first of all processes, while the others wait; what it raises there is raised in all of them."""
+    if not several_processes():
+        work()
+        return
+    failure: BaseException | None = None
+    if distributed.get_rank() == 0:
+        try:
+            work()
+        except BaseException as error:
+            failure = error
+    told = [_to_send(failure)]
+    distributed.broadcast_object_list(told, src=0)
+    failure = failure or told[0]
+    if failure is not None:
+        raise failure
+
+
+def _to_send(error: BaseException | None) -> BaseException | None:
+    """Return an error as another process can be given it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # its class may be anyone's
+        return RuntimeError(f"the first process raised {type(error).__name__}: {error}")
+    return error

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import distributed
 
-from diffcr_surgery._shards import several_processes
+from diffcr_surgery._shards import by_first, several_processes
 
 __all__ = ["atomic_folder", "sync"]
 
@@ -37,26 +37,28 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     final = Path(path)
     scratch = final.with_name(f".{final.name}")
-    first = not several_processes() or distributed.get_rank() == 0
     if final.exists():
         raise FileExistsError(f"{final} is there already; give each checkpoint a name of its own, such as the number of its step.")
-    _wait()
-    if first:
+
+    def make() -> None:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
+
+    def finish() -> None:
+        for entry in [*scratch.rglob("*"), scratch]:
+            if not entry.is_symlink() and (entry.is_file() or entry.is_dir()):  # a link may lead nowhere yet, a pipe would be waited at
+                sync(entry)
+        os.rename(scratch, final)
+        sync(final.parent)
+
     _wait()
     try:
+        by_first(make)
         yield scratch
         _wait()
-        if first:
-            for entry in [*scratch.rglob("*"), scratch]:
-                if not entry.is_symlink() and (entry.is_file() or entry.is_dir()):  # a link may lead nowhere yet, a pipe would be waited at
-                    sync(entry)
-            os.rename(scratch, final)
-            sync(final.parent)
-        _wait()
+        by_first(finish)
     finally:
-        if first:
+        if not several_processes() or distributed.get_rank() == 0:
             shutil.rmtree(scratch, ignore_errors=True)
 
 

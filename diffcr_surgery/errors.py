@@ -7,6 +7,7 @@ qualified module or argument name) and what to do next. A model is never left ha
 __all__ = [
     "AdapterError",
     "AlignmentError",
+    "CannotCutError",
     "ConfigError",
     "ConversionError",
     "NoRoutableBlockError",

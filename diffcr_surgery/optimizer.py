@@ -105,7 +105,7 @@ class RatioOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a state; if the table had settled, the model runs at bins from the next call on."""
         super().load_state_dict(state_dict)
-        self._diffcr.settled = self._settled(self.state[self.param_groups[0]["params"][0]])
+        self._diffcr.settled = self._settled(self.state.get(self.param_groups[0]["params"][0], {}))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -120,7 +120,7 @@ class RatioOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         parameter = self._parameter()
-        if parameter not in self.state and several_processes():  # each may have measured latencies of its own
+        if not self.state.get(parameter) and several_processes():  # each may have measured latencies of its own
             self._diffcr.site_costs.copy_(mean_over_processes(self._diffcr.site_costs))
         table, visits, earlier = whole(parameter).double().cpu(), self._diffcr.visits, self.state.get(parameter)
         gradient = self._gradient(parameter)

@@ -98,6 +98,8 @@ def _searched(model: nn.Module, forward: Callable[..., Any], call: Call, batch: 
                 return forward(*args, **kwargs)
 
         whole = run(call, call.tensors)
+        if not all(bool(t.isfinite().all()) for t in flatten(whole)[1]):
+            return Splitting(shared, refusal="its output holds what is no finite number, which cannot be compared")
         # Models round by themselves, too (Kandinsky 5 to bfloat16); a wrong cut is no matter of rounding.
         of_each_dtype = {t.dtype: t for t in (*model.parameters(), *flatten(whole)[1]) if t.is_floating_point()}
         limit = max(1e-2, *map(tolerance, of_each_dtype.values()))

@@ -7,15 +7,15 @@ import json
 import os
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
-from torch import distributed
 
-from diffcr_surgery._shards import is_sharded, several_processes, whole
+from diffcr_surgery._shards import by_first, is_sharded, whole
 from diffcr_surgery.atomic import sync
 from diffcr_surgery.config import DiffCRConfig, shown
 from diffcr_surgery.errors import AdapterError, ConfigError, ConversionError
@@ -76,13 +76,11 @@ def save_adapter(model: torch.nn.Module, directory: str | os.PathLike[str]) -> N
     }
     tensors = {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in state.state_dict().items()}
     settings["fingerprint"] = _fingerprint(settings, tensors)
-    together = is_sharded(model) and several_processes()
-    try:
-        if not together or distributed.get_rank() == 0:
-            _write(Path(directory), settings, tensors)
-    finally:
-        if together:
-            distributed.barrier()  # whoever returns finds the adapter written
+    write = partial(_write, Path(directory), settings, tensors)
+    if is_sharded(model):
+        by_first(write)  # whoever returns finds the adapter written
+    else:
+        write()
 
 
 def _write(folder: Path, settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.optimization import get_cosine_schedule_with_warmup
@@ -60,9 +61,10 @@ def train(
         ratio_optimizer: moves the ratio table of a converted model. Without one, a table stays as it is.
     """
     generator = torch.Generator().manual_seed(seed)
-    # The table has an optimizer of its own: AdamW would normalise away the differences between its entries.
-    weights = [p for name, p in model.named_parameters() if name != "diffcr.ratio_table"]
-    optimizer = torch.optim.AdamW(weights, lr=schedule.learning_rate, weight_decay=schedule.weight_decay, foreach=True)
+    own: dict[str, Any] = {"lr": schedule.learning_rate, "weight_decay": schedule.weight_decay}
+    groups = dcs.parameter_groups(model, **own) if hasattr(model, "diffcr") else [{"params": list(model.parameters()), **own}]
+    weights = [p for group in groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(groups, foreach=True)
     learning_rate = get_cosine_schedule_with_warmup(optimizer, schedule.steps // 20, schedule.steps)
     model.train()
     for _ in range(schedule.steps):

@@ -20,22 +20,17 @@ from torch import fx
 from diffcr_surgery.rewrite import ops
 from diffcr_surgery.tokens import gather_each, gather_tokens, scatter_tokens, scatter_tokens_, top_tokens
 from diffcr_surgery.trace.builder import expect
+from diffcr_surgery.trace.recorder import function_name, writes_by_name
 
 __all__ = ["FuseSites", "ScatterInPlace", "ShareGathers", "writes"]
-
-_IN_PLACE = {
-    operator.setitem,
-    *(getattr(operator, f"i{name}") for name in "add and floordiv lshift matmul mod mul or pow rshift sub truediv xor".split()),
-}
 
 
 def writes(node: fx.Node) -> bool:
     """Tell whether a node of a recorded graph writes into a value that others may read, by itself or through a view."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if node.target is scatter_tokens_ or node.op not in ("call_function", "call_method"):
         return False
-    named = name.endswith("_") and not name.endswith("__") and not name.startswith("_")
-    return named or node.target in _IN_PLACE or node.target is setattr or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
+    name = node.target if isinstance(node.target, str) else function_name(node.target)
+    return node.target in (operator.setitem, setattr) or writes_by_name(name, node.kwargs)
 
 
 def _written_between_sites(graph: fx.Graph) -> bool:

@@ -195,7 +195,13 @@ def _restore(model: torch.nn.Module) -> torch.nn.Module:
             "precision and offloading, diffusers for offloading); take that back first: accelerator.unwrap_model(model, "
             "keep_fp32_wrapper=False), accelerate.hooks.remove_hook_from_module, or model._diffusers_hook.remove_hook(name)."
         )
-    _take_back(model, original_class(model))
+    original = original_class(model)
+    if type(model) is not subclass(original):
+        raise ConversionError(
+            f"Something has given this {original.__name__} another class after the conversion ({type(model).__qualname__}), as "
+            "torch.nn.utils.parametrize does for a parameter of the model itself; take that back first."
+        )
+    _take_back(model, original)
     return model
 
 

@@ -16,7 +16,7 @@ from diffcr_surgery._tree import fill
 from diffcr_surgery.caches import check_caches
 from diffcr_surgery.config import DiffCRConfig
 from diffcr_surgery.costs import site_costs
-from diffcr_surgery.errors import AlignmentError, TimestepError
+from diffcr_surgery.errors import AlignmentError, ConfigError, TimestepError
 from diffcr_surgery.plan import SurgeryPlan, routed_call
 from diffcr_surgery.rewrite import Decision, FuseSites, RewriteResult, RoutedCall, RouteTokens, ScatterInPlace, ShareGathers
 from diffcr_surgery.runtime.state import DiffCRState
@@ -230,7 +230,9 @@ def _cut(model: torch.nn.Module, state: DiffCRState, call: Call, forward: Callab
         kind = kind_of_call(call, len(regions))
         splitting = state.splittings.get(kind)
         if splitting is None:  # the first of its kind: it is run on samples alone
-            splitting = state.splittings[kind] = find_splitting(model, forward, call, len(regions))
+            splitting = find_splitting(model, forward, call, len(regions))
+            if not splitting.refusal:  # which may be this call's alone
+                state.splittings[kind] = splitting
     if splitting.refusal:
         raise refused(splitting.refusal)
     parts = [
@@ -255,7 +257,14 @@ def costs_of(
     """Count or measure what each site costs on other inputs, or in another unit, than planning did; see :func:`site_costs`."""
 
     def use(recording: Recording) -> tuple[tuple[float, ...], ...]:
-        return site_costs(model, recording, call, _routed(recording, state).calls, config)
+        calls = _routed(recording, state).calls
+        present = {routed.index for routed in calls.values()}
+        missing = sorted({site.path for row, site in enumerate(state.plan.routed_sites) if row not in present})
+        if missing:
+            raise ConfigError(
+                f"example_inputs leave out the blocks {missing}, so what they cost is not known; give inputs of a whole call."
+            )
+        return site_costs(model, recording, call, calls, config)
 
     with torch.no_grad():
         return state.recordings.answer(model, call, forward, use)

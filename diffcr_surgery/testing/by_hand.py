@@ -103,7 +103,7 @@ class ByHand:
         """
         run, seen = Run(), dict[str, int]()
         call, recording = example_call(self.model.forward, arguments), self.trace.recording
-        if recording.guarded or input_key(call) != self.trace.key or not recording.fits(call):
+        if recording.guarded or input_key(self.model, call) != self.trace.key or not recording.fits(call):
             self.trace = Trace(self.model, arguments)
         graph = self.trace.recording.graph
         noise = torch.Generator().manual_seed(0)

@@ -157,7 +157,7 @@ def configs(draw: st.DrawFn, /, model: nn.Module | None = None, **fixed: Any) ->
     weights = st.lists(st.integers(1, 9), min_size=regions, max_size=regions).map(tuple)
     learn = setting("learn_ratios", st.sampled_from([True, True, True, False]))
     bins = setting("bins", st.sampled_from([DEFAULT_BINS, (0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.5)]))
-    max_ratio = setting("max_ratio", st.sampled_from([share for share in (0.9, 0.5, 0.7) if share <= bins[-1]]))
+    max_ratio = setting("max_ratio", st.sampled_from([share for share in (0.9, 0.5, 0.7) if share <= bins[-1]] or [bins[-1]]))
     return DiffCRConfig(
         bins=bins,
         max_ratio=max_ratio,

@@ -51,7 +51,7 @@ class Trace:
                 f"the shapes {given}; give inputs the model itself runs on, such as capture_inputs collects."
             ) from error
         self.call = bind_call(model.forward, *call.on(copies(call.tensors)))  # for trial runs: a forward may write into its inputs
-        self.key = input_key(call)
+        self.key = input_key(model, call)
         self.graph: fx.Graph = self.recording.graph
 
     def run(self, *args: Any, **kwargs: Any) -> Any:

@@ -172,14 +172,14 @@ def _hides_tensor(value: Any, seen: set[int]) -> bool:
 InputKey = tuple[Any, Hashable]  # the arguments without their tensors; all else
 
 
-def input_key(call: Call) -> InputKey:
+def input_key(model: torch.nn.Module, call: Call) -> InputKey:
     """Return what a recording depends on in its inputs: structure, plain values, shapes, dtypes, devices, gradients, aliasing, modes."""
     first: dict[int, int] = {}
     layouts = tuple(
         (path, tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad, first.setdefault(id(tensor), index))
         for index, (path, tensor) in enumerate(zip(call.paths, call.tensors, strict=True))
     )
-    device = device_of(call.tensors).type
+    device = model_device(model, call.tensors).type
     modes = (torch.is_grad_enabled(), autocast_state(device), torch.backends.mha.get_fastpath_enabled())
     return freeze(call.template), (layouts, modes)
 

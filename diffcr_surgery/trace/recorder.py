@@ -12,7 +12,7 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from functools import lru_cache
@@ -38,6 +38,7 @@ __all__ = [
     "has_hooks",
     "rng_state",
     "writes",
+    "writes_by_name",
 ]
 
 
@@ -348,8 +349,12 @@ def _effect(function: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Ef
 
 def writes(function: Any, kwargs: dict[str, Any]) -> bool:
     """Tell whether a call of a torch function writes into a tensor it is given."""
-    name = function_name(function)
-    if getattr(function, "__name__", "") == "__set__" or kwargs.get("out") is not None or kwargs.get("inplace") is True:
+    return getattr(function, "__name__", "") == "__set__" or writes_by_name(function_name(function), kwargs)
+
+
+def writes_by_name(name: str, kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether a function or method of torch with this name writes into a tensor it is given."""
+    if kwargs.get("out") is not None or kwargs.get("inplace") is True:
         return True
     if name.startswith("__"):
         return name == "__setitem__" or (name.startswith("__i") and name not in ("__index__", "__int__", "__invert__", "__iter__"))

@@ -181,7 +181,7 @@ class Recordings:
             forward: The model's own bound forward, which is recorded.
             use: Executes a recording's graph, or one derived from it.
         """
-        key = input_key(call)
+        key = input_key(model, call)
         recording = self._try(key, model, call, use)
         if recording is not None:
             return recording[0]

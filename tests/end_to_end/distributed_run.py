@@ -309,6 +309,29 @@ def costs_agree(model: nn.Module, rank: int) -> bool:
     return met and all(torch.equal(each, mine) for each in both)
 
 
+def full_disk(model: nn.Module, out: Path, rank: int) -> list[dict[str, str]]:
+    """What each process is told if the first cannot write."""
+    shard(model)
+    (out / "file").touch()
+
+    def checkpoint() -> None:
+        with dcs.atomic_folder(out / "unwritten") as folder:
+            if rank == 0:
+                (folder.parent / "unwritten").mkdir()  # by someone else, meanwhile
+                (folder.parent / "unwritten" / "other").touch()
+
+    told = {}
+    for name, attempt in (("adapter", lambda: dcs.save_adapter(model, out / "file" / "adapter")), ("checkpoint", checkpoint)):
+        try:
+            attempt()
+            told[name] = "nothing"
+        except (SurgeryError, OSError) as error:
+            told[name] = f"{type(error).__name__}: {error}"
+    both: list[Any] = [None] * PROCESSES
+    distributed.all_gather_object(both, told)
+    return both
+
+
 def main(out: Path, single: bool) -> None:
     torch.set_num_threads(1)
     rank = 0 if single else int(os.environ["RANK"])
@@ -330,13 +353,13 @@ def main(out: Path, single: bool) -> None:
         distributed.all_gather(both, drawn)
         with dcs.atomic_folder(out / "checkpoint") as folder:
             (folder / f"of-{rank}").write_text("all of it")
-        inner = inner_sharded()
+        inner, full = inner_sharded(), full_disk(copy.deepcopy(base["two"]), out, rank)
         averaged = average(copy.deepcopy(base["two"]))
         agree = costs_agree(copy.deepcopy(base["two"]), rank)
         said = refusals(copy.deepcopy(base["two"]))
         if rank == 0:
             report = {"drawn": [each.tolist() for each in both], "average": averaged, "costs_agree": agree}
-            report |= {"inner": inner, "refusals": said}
+            report |= {"inner": inner, "full": full, "refusals": said}
             (out / "report.json").write_text(json.dumps(report))
         distributed.barrier()
         distributed.destroy_process_group()

@@ -101,6 +101,13 @@ def test_one_checkpoint_folder_takes_what_every_process_writes(folder: Path) -> 
     assert not (folder / ".checkpoint").exists()
 
 
+def test_what_the_first_process_cannot_write_is_told_to_all(folder: Path, report: dict[str, Any]) -> None:
+    first, second = report["full"]
+    assert first == second
+    assert first["adapter"].startswith("AdapterError: The adapter could not be written to")
+    assert first["checkpoint"].startswith("OSError") and not (folder / ".unwritten").exists()
+
+
 def test_costs_that_each_process_measured_are_those_of_all(report: dict[str, Any]) -> None:
     assert report["costs_agree"]
 

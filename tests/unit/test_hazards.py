@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import diffcr_surgery as dcs
-from diffcr_surgery.errors import TraceError
+from diffcr_surgery.errors import ConfigError, ConversionError, TraceError
 from tests.models import CASES, output
 
 
@@ -296,3 +297,31 @@ def test_threads_that_make_the_first_mixed_call_together() -> None:
     assert len(answers) == 4
     for answer in answers:
         torch.testing.assert_close(answer, singles, atol=1e-6, rtol=1e-5)
+
+
+def test_costs_cannot_be_counted_on_a_call_that_leaves_blocks_out() -> None:
+    case = CASES["sd3"]
+    model = case.build(0)
+    call = case.inputs(model, 1, seed=1)
+    dcs.convert_(model, call, dcs.DiffCRConfig(initial_ratio=0.5))
+    for budget in (None, 0.8):
+        with pytest.raises(ConfigError, match=r"leave out the blocks \['transformer_blocks.0'\]"):
+            dcs.specialize_(model, budget, cost="flops", example_inputs={**call, "skip_layers": [0]})
+    assert not model.diffcr.specialized
+
+
+def test_a_class_that_was_put_on_top_is_not_taken_off() -> None:
+    class Scaled(Denoiser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(8))
+
+        def forward(self, **call: Tensor) -> Tensor:
+            return super().forward(**call) * self.scale
+
+    model = converted(Scaled())
+    parametrize.register_parametrization(model, "scale", nn.Identity())
+    with pytest.raises(ConversionError, match=r"ParametrizedScaled.*parametrize"):
+        dcs.restore_(model)
+    parametrize.remove_parametrizations(model, "scale")
+    assert type(dcs.restore_(model)) is Scaled

@@ -480,3 +480,16 @@ def test_specialised_models_are_refused(model: nn.Module) -> None:
 def test_plain_models_are_refused() -> None:
     with pytest.raises(ConversionError, match="convert_"):
         dcs.RatioOptimizer(Denoiser(), total_steps=10)
+
+
+def test_costs_are_averaged_at_the_first_step_after_an_empty_state_too(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate loads a state as soon as it wraps an optimizer."""
+    averaged: list[Tensor] = []
+    optimizer = dcs.RatioOptimizer(model, total_steps=4)
+    optimizer.load_state_dict(optimizer.state_dict())
+    monkeypatch.setattr(optimizer_module, "several_processes", lambda: True)
+    monkeypatch.setattr(optimizer_module, "mean_over_processes", lambda tensor: averaged.append(tensor) or tensor)
+    for _ in range(2):
+        give(model, torch.randn(LAYERS, REGIONS))
+        optimizer.step()
+    assert sum(each is model.diffcr.site_costs for each in averaged) == 1

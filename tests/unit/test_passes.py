@@ -1,13 +1,16 @@
 """Passes over specialised graphs: what they leave out, what they must not touch, and that no value changes."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 from diffcr_surgery.rewrite import FuseSites, ScatterInPlace, ShareGathers, ops
+from diffcr_surgery.rewrite.passes import writes
 from diffcr_surgery.tokens import gather_each, gather_tokens, scatter_tokens, scatter_tokens_, top_tokens
 from diffcr_surgery.trace.builder import expect
 
@@ -163,3 +166,26 @@ def test_fused_tokens_have_the_dtype_that_the_block_before_returned(dtype: torch
 
     graph, modified = check(write, ShareGathers(), FuseSites())
     assert modified[-1] and run(graph).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("write", "expected"),
+    [
+        (lambda x, mask: mask.__iand__(x > 0), True),
+        (lambda x, mask: mask.__ior__(x > 0), True),
+        (lambda x, mask: x.__iadd__(1), True),
+        (lambda x, mask: x.mul_(2), True),
+        (lambda x, mask: x.node.graph.call_function(operator.setitem, (x.node, 0, 1.0)), True),
+        (lambda x, mask: torch.add(x, 1, out=x), True),
+        (lambda x, mask: functional.relu(x, inplace=True), True),
+        (lambda x, mask: functional.relu(x, inplace=False), False),
+        (lambda x, mask: x.__getitem__(0), False),
+        (lambda x, mask: x.__invert__(), False),
+        (lambda x, mask: x + 1, False),
+    ],
+)
+def test_every_way_to_write_is_told_from_a_graph(write: Any, expected: bool) -> None:
+    graph = fx.Graph()
+    x, mask = (fx.Proxy(graph.placeholder(name)) for name in ("x", "mask"))
+    write(x, mask)
+    assert any(map(writes, graph.nodes)) == expected

@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn import functional
 
 import diffcr_surgery as dcs
-from diffcr_surgery.errors import AlignmentError, ConversionError, NoRoutableBlockError
+from diffcr_surgery.errors import AlignmentError, ConversionError, NoRoutableBlockError, TimestepError
 from diffcr_surgery.samples import find_splitting
 from diffcr_surgery.trace.key import bind_call
+from tests import small
 from tests.models import CASES, Size, output
 
 WIDTH = 8
@@ -391,3 +392,14 @@ def test_an_input_may_be_shared_in_one_mixed_call_and_not_in_the_next():
         for cond in (torch.randn(1, 1, 3), torch.randn(3, 1, 3)):
             alone = [model(given["x"][i : i + 1], given["t"][i : i + 1], cond[i % len(cond)][None]) for i in range(3)]
             assert torch.allclose(model.eval()(**given, cond=cond), torch.cat(alone), atol=1e-5)
+
+
+def test_a_batch_that_is_no_numbers_does_not_forbid_the_next():
+    model = small.converted(branches="boundary")
+    with torch.no_grad():
+        dcs.ratio_table(model)[:, 0] = 0.5
+    good, broken = small.inputs(100.0, 900.0), small.inputs(100.0, 900.0)
+    broken["x"] = broken["x"] * float("inf")
+    with pytest.raises(TimestepError, match="no finite number"):
+        model(**broken)
+    assert model(**good).isfinite().all()

@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -294,24 +295,24 @@ def test_finding_changes_nothing() -> None:
 
 
 class Watching(Reader):
-    """Notes in which mode it is run."""
+    """Notes in which mode it is run, where no attribute that is put back is."""
 
     def __init__(self, dropout: float) -> None:
         super().__init__()
-        self.dropout, self.modes = nn.Dropout(dropout), set[tuple[bool, bool]]()
-        self.diffcr = nn.Module()
+        self.dropout, self.diffcr = nn.Dropout(dropout), nn.Module()
+        self.notes = SimpleNamespace(modes=set())
 
     def forward(self, x: Any, *_: Any) -> Any:
-        self.modes.add((self.training, self.diffcr.training))
+        self.notes.modes.add((self.training, self.diffcr.training))
         return super().forward(x)
 
 
 def test_other_threads_see_no_other_mode_where_there_is_no_dropout() -> None:
     model = Watching(0.0)
-    assert not find(model=model, x=TOKENS).refusal and model.modes == {(True, True)}
+    assert not find(model=model, x=TOKENS).refusal and model.notes.modes == {(True, True)}
 
 
 def test_with_dropout_other_threads_see_the_ratios_of_training_all_the_same() -> None:
     model = Watching(0.5)
-    assert not find(model=model, x=TOKENS).refusal and model.modes == {(True, True), (False, True)}
+    assert not find(model=model, x=TOKENS).refusal and model.notes.modes == {(True, True), (False, True)}
     assert all(module.training for module in model.modules())

@@ -269,3 +269,7 @@ def test_settings_weight_their_regions_or_not() -> None:
     assert weighted.region_weights == (1, 1, 1)
     with pytest.raises(NoSuchExample):
         find(dt.configs(timestep_regions=1), lambda config: config.region_weights is not None, settings=settings(max_examples=50))
+
+
+def test_settings_have_a_bound_among_any_bins() -> None:
+    assert find(dt.configs(bins=(0.0, 0.3)), lambda config: True).max_ratio == 0.3

@@ -3,7 +3,7 @@
     python recipes/evaluate.py --demo demo-out --baseline dense random --ratio 0.3 --out out
 
 It is what routing would be if routers knew nothing and ratios were not learned: k = ⌈(1 - ratio) · n⌉ tokens of each sample run through the
-block, the rest leaves it as it entered. Nothing is trained. Where an argument that moves with the tokens is shared by the batch (FLUX's
+block, the rest leaves it as it entered. Where an argument that moves with the tokens is shared by the batch (FLUX's
 rotary tables), one choice is made for the whole batch, instead of running sample by sample; so it is in evaluations, where guidance
 subtracts one half of a batch from the other and would amplify what differs by chance.
 """

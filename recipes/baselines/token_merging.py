@@ -7,11 +7,14 @@ Written after the papers: bipartite soft matching (arXiv 2210.09461), and its fo
 similarity of the tokens as they enter the block), and the sources with the best matches are averaged into theirs. So at most three quarters
 of the tokens can be merged.
 
-Two choices favour it: the destination of a cell is its upper left token instead of a random one, and where an argument that moves with the
-tokens is shared by the batch (FLUX's rotary tables), one matching is made for the whole batch, by the mean similarity, instead of running
-sample by sample. In the cheapest form merged tokens leave a block as copies of each other; with ``skips`` each keeps itself, and only what
-the block adds to it is its group's, as in the second paper, which is kinder to the image. The bench, which asks for speed, takes the first;
-whoever asks for quality takes the second.
+The second paper merges around the attention alone, and advises against merging for the MLP. Here the whole block runs on the merged
+tokens, of every block at every timestep, as routing has it: otherwise no such share of the compute could be saved. The destination of a
+cell is its upper left token instead of a random one, and where an argument that moves with the tokens is shared by the batch (FLUX's
+rotary tables), one matching is made for the whole batch, by the mean similarity, instead of running sample by sample.
+
+In the cheapest form merged tokens leave a block as copies of each other; with ``skips`` each keeps itself, and only what the block adds to
+it is its group's, as in the second paper, which is kinder to the image. The bench, which asks for speed, takes the first; whoever asks for
+quality takes the second.
 """
 
 from typing import NamedTuple

@@ -2,7 +2,7 @@
 
     python recipes/study run --out study-out                        # everything that has no record in study-out/records.jsonl yet
     python recipes/study run --out study-out --only 'digits/*/0.3/*'
-    python recipes/study run --out study-out --size large --device cuda
+    python recipes/study run --out large-out --size large --device cuda --jobs 1
     python recipes/study report study-out/records.jsonl --out report   # RESULTS.md with its pictures
 
 An experiment is `task/arm/target/seed`, such as `digits/uniform/0.3/11`; `--only` takes shell patterns, and `--list` shows what there is.

@@ -89,13 +89,13 @@ def test_a_shallower_model_costs_what_the_others_do(target: float) -> None:
     call = experiment.call_of(task.held_out[:1], 500)
     counted = []
     for arm in ("uniform", "shallow"):
-        model: Any = task.new_denoiser(16, 6, 2)
+        model: Any = task.new_denoiser(64, 6, 2)
         plan = dcs.plan(model, call, dcs.DiffCRConfig(cost="flops", bins=arms.BINS))
         if arm == "uniform":
             dcs.convert_(model, call, ARMS[arm].config(target))
         else:
             budget = Budget.of(plan.config, torch.tensor(plan.site_costs))
-            assert target < experiment._leave_out(model, call, budget, target) < target + 0.2
+            assert target < experiment._leave_out(model, call, budget, target) < target + 0.15
             assert len(model.blocks) == {0.2: 5, 0.3: 4, 0.5: 3}[target]
         dcs.specialize_(model.eval())
         counted.append(experiment._flops(model, call))

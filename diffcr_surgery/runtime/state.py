@@ -157,7 +157,7 @@ class DiffCRState(nn.Module):
             return values
         highest = self.config.reachable_bins[-1]  # above max_ratio if that lies between two bins; a table that has settled may stand there
         bounded = values.clamp(0.0, highest if self.settled else self.config.max_ratio)
-        bounded = torch.where((values - highest).abs() < 1e-6, values, bounded)
+        bounded = torch.where((values > bounded) & ((values - highest).abs() < 1e-6), highest, bounded)
         if not torch.equal(bounded, values):
             assign_(self.ratio_table.data, bounded)  # a projection after the step: clamping inside the graph would stop the gradient
         return bounded

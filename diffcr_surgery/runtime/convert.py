@@ -196,7 +196,7 @@ def _restore(model: torch.nn.Module) -> torch.nn.Module:
             "keep_fp32_wrapper=False), accelerate.hooks.remove_hook_from_module, or model._diffusers_hook.remove_hook(name)."
         )
     original = original_class(model)
-    if type(model) is not subclass(original):
+    if type(model) not in (subclass(original), original):  # of its own class already, if a restore was stopped half-way
         raise ConversionError(
             f"Something has given this {original.__name__} another class after the conversion ({type(model).__qualname__}), as "
             "torch.nn.utils.parametrize does for a parameter of the model itself; take that back first."

@@ -7,6 +7,7 @@ comes with its standard error.
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +21,20 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from study.arms import ARMS, TARGETS, VARIANT_TARGET, Experiment
+from study.arms import ARMS, TARGETS, VARIANT_TARGET, Experiment, chosen
 from study.experiment import SIZES, Record, key_of
 from study.runner import read_records
-from study.tasks import TASKS, task_named
+from study.tasks import PARTS, TASKS, TIMESTEPS, task_named
 
 __all__ = ["Spread", "difference", "write_report"]
 
 REFERENCE, OURS = "uniform", "regions-4"
 COMPARED = tuple((task, target) for task in TASKS for target in TARGETS)
-CLAIMS = ((OURS, REFERENCE), (OURS, "uniform-ramped"), (OURS, "layers"), ("regions-10", OURS), ("relative", OURS))  # at every target
+CLAIMS = (  # at every target
+    (OURS, REFERENCE), (OURS, "uniform-ramped"), ("layers", REFERENCE), (OURS, "layers"), (OURS, "shallow"), ("layers", "shallow"),
+    (OURS, "dense"), ("regions-10", OURS), ("relative", OURS),
+)  # fmt: skip
+COLORS = {name: f"C{i}" for i, name in enumerate(name for name, arm in ARMS.items() if arm.against is None and arm.trained)}
 FINDINGS = re.compile(r"<!-- findings -->\n(.*?)<!-- end of findings -->", re.DOTALL)  # written by hand, and kept
 
 
@@ -59,8 +64,18 @@ class Spread:
 
     @property
     def sure(self) -> bool:
-        """Whether the mean differs from 0 at the 5 % level, by Student's t: for three seeds, that takes 4.3 standard errors."""
-        return self.beyond(float(scipy.stats.t.ppf(0.975, self.seeds - 1)))
+        """Whether the mean differs from 0 at the 5 % level, by Student's t."""
+        return self.beyond(needed(self.seeds))
+
+
+def needed(seeds: int) -> float:
+    """Return how many standard errors a difference has to be from 0 at the 5 % level, by Student's t.
+
+    Example:
+        >>> round(needed(3), 1)
+        4.3
+    """
+    return float(scipy.stats.t.ppf(0.975, seeds - 1))
 
 
 @dataclass(frozen=True)
@@ -117,6 +132,11 @@ class Records:
     def __iter__(self) -> Any:
         return iter(self._all.values())
 
+    @property
+    def seeds(self) -> list[int]:
+        """All seeds that have a record."""
+        return sorted({record["seed"] for record in self._all.values()})
+
     def of(self, task: str, arm: str, target: float) -> dict[int, Record]:
         """Return the records of an arm by seed; the dense model has no target."""
         target = 0.0 if arm == "dense" else target
@@ -167,14 +187,8 @@ def log_table(records: Records) -> str:
 
 
 def fid_table(records: Records) -> str:
-    """Return the main arms' FID as a share of the dense model's, within seeds."""
-
-    def cell(task: str, name: str, target: float) -> str:
-        own, dense = records.of(task, name, target), records.of(task, "dense", target)
-        shares = [own[seed]["distances"]["fid"] / dense[seed]["distances"]["fid"] for seed in own if seed in dense]
-        return FID.shown(Spread.of(shares) if shares else None)
-
-    return _summary("FID over dense", cell)
+    """Return the main arms' FID."""
+    return _summary(FID.title, lambda task, name, target: FID.shown(records.spread(task, name, target, FID)))
 
 
 def _summary(title: str, cell: Callable[[str, str, float], str]) -> str:
@@ -198,10 +212,10 @@ def claims_table(records: Records, metric: Metric) -> str:
 
 
 def _marked(cell: str, apart: Spread | None) -> str:
-    """Put a difference in bold if it is beyond two standard errors, with a dagger if that is unlikely to be chance."""
+    """Put a difference in bold if it is unlikely to be chance, and give it a dagger if it is beyond two standard errors alone."""
     if apart is None or not apart.beyond(2):
         return cell
-    return f"**{cell}**†" if apart.sure else f"**{cell}**"
+    return f"**{cell}**" if apart.sure else f"{cell}†"
 
 
 def variant_table(records: Records, task: str) -> str:
@@ -235,10 +249,10 @@ def region_table(records: Records, task: str, target: float) -> str:
 def draw_trade_off(records: Records, task: str) -> Figure:
     """Draw quality against cost, counted and measured."""
     figure = Figure(figsize=(11, 7.5), layout="constrained")
-    for row, quality in zip(figure.subplots(2, 2), (LOSS, FID) if task == "digits" else (LOSS, PSNR), strict=True):
+    for row, quality in zip(figure.subplots(2, 2), (LOSS, FID), strict=True):
         for axes, cost in zip(row, (FLOPS, LATENCY), strict=True):
             _draw_curves(axes, records, task, quality, cost)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    _legend(figure)
     return figure
 
 
@@ -248,7 +262,7 @@ def draw_overview(records: Records) -> Figure:
     for axes, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
         _draw_curves(axes, records, task, LOSS, FLOPS)
         axes.set_title(task)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    _legend(figure)
     return figure
 
 
@@ -262,23 +276,54 @@ def _draw_curves(axes: Axes, records: Records, task: str, quality: Metric, cost:
         if found:
             x, y = ([spread.mean for spread in side] for side in zip(*found, strict=True))
             errors = [0.0 if spread.seeds == 1 else spread.error for _, spread in found]
-            axes.errorbar(x, y, errors, marker="o", capsize=3, label=arm.title)
+            axes.errorbar(x, y, errors, marker="o", capsize=3, color=COLORS[name], label=arm.title)
     axes.set(xlabel=f"{cost.title}, share of the dense model's", ylabel=quality.title)
 
 
-def draw_tables(records: Records, arms: Sequence[str]) -> Figure:
-    """Draw the ratios that were executed, a mean over seeds: blocks down, regions from clean to noisy across."""
-    figure = Figure(figsize=(3.1 * len(TARGETS) + 1, 2.4 * len(TASKS) * len(arms)), layout="constrained")
-    rows, scale = [(task, arm) for task in TASKS for arm in arms], Normalize(0, 0.9)
-    for line, (task, arm) in zip(figure.subplots(len(rows), len(TARGETS), squeeze=False), rows, strict=True):
+def _legend(figure: Figure) -> None:
+    """Name the arms of all axes below them."""
+    named = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    titles = [arm.title for arm in ARMS.values() if arm.title in named]
+    figure.legend([named[title] for title in titles], titles, loc="outside lower center", ncols=4)
+
+
+def draw_timesteps(records: Records) -> Figure:
+    """Draw each fine-tuned arm's held-out loss over the dense model's by timestep, a mean over seeds: tasks down, targets across."""
+    figure = Figure(figsize=(4.2 * len(TARGETS), 3.2 * len(TASKS) + 0.8), layout="constrained")
+    for line, task in zip(figure.subplots(len(TASKS), len(TARGETS), sharey="row"), TASKS, strict=True):
         for axes, target in zip(line, TARGETS, strict=True):
-            found = [record["executed"] for record in records.of(task, arm, target).values()]
-            axes.set_title(f"{task}, {target:g}: {ARMS[arm].title.removeprefix('DiffCR-')}", fontsize=9)
+            dense = records.of(task, "dense", target)
+            for name, arm in ARMS.items():
+                own = records.of(task, name, target)
+                both = [(own[seed]["losses"], dense[seed]["losses"]) for seed in own if seed in dense]
+                if arm.against is None and arm.trained and name != "dense" and both:
+                    ours, theirs = torch.tensor(both).unbind(1)
+                    middles = [(part + 0.5) * TIMESTEPS / PARTS for part in range(PARTS)]
+                    axes.semilogy(middles, (ours / theirs).mean(0), color=COLORS[name], label=arm.title)
+            axes.set(title=f"{task}, {target:g}", xlabel="timestep")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:.1f}")
+        line[0].set_ylabel("held-out loss over dense")
+    _legend(figure)
+    return figure
+
+
+def draw_tables(records: Records, task: str, arms: Sequence[str]) -> Figure:
+    """Draw the ratios that were executed: blocks down, regions from clean to noisy across; an arm a row, targets and seeds in columns."""
+    columns, scale = [(target, seed) for target in TARGETS for seed in records.seeds], Normalize(0, 0.9)
+    figure = Figure(figsize=(1.3 * len(columns) + 1.5, 1.7 * len(arms)), layout="constrained")
+    grid = figure.subplots(len(arms), len(columns), squeeze=False, sharex="row", sharey=True)
+    for line, arm in zip(grid, arms, strict=True):
+        line[0].set_ylabel(f"{ARMS[arm].title.removeprefix('DiffCR-')}\nblock", fontsize=8)
+        for axes, (target, seed) in zip(line, columns, strict=True):
+            axes.set_title(f"{target:g}, seed {seed}", fontsize=8)
+            axes.tick_params(labelsize=6)
+            found = records.of(task, arm, target).get(seed)
             if found:
-                table = torch.tensor(found).mean(0)
+                table = torch.tensor(found["executed"])
                 axes.imshow(table.numpy(), norm=scale, cmap="viridis", aspect="auto")
-                axes.set(xlabel="timestep region, clean to noisy", ylabel="block", xticks=range(table.shape[1]))
-    figure.colorbar(ScalarMappable(scale, "viridis"), ax=figure.axes, label="share of tokens that bypass")
+                axes.set(xticks=range(table.shape[1]), yticks=range(table.shape[0]))
+    figure.colorbar(ScalarMappable(scale, "viridis"), ax=figure.axes, label="share that bypasses")
     return figure
 
 
@@ -319,26 +364,36 @@ def about(records: Records) -> str:
     """Return on what the records were made, and how long that took."""
     found = list(records)
     devices, versions = (sorted({record[name] for record in found}) for name in ("device", "torch"))
-    seeds = sorted({record["seed"] for record in found})
+    planned = chosen(["*"], records.seeds)
+    missing = Counter(each.arm for each in planned if each.seed not in records.of(each.task, each.arm, each.target))
+    gaps = f" Missing are {', '.join(f'{count} of `{arm}`' for arm, count in missing.items())}." if missing else ""
     hours = sum(record["seconds"] for record in found) / 3600
     size = SIZES[found[0]["size"]]
     return "\n\n".join(
         [
-            f"{len(found)} experiments of size {found[0]['size']}, seeds {', '.join(map(str, seeds))}, on {'; '.join(devices)}, torch "
-            f"{', '.join(versions)}: {hours:.1f} hours of one process, besides the training of dense models.",
+            f"{len(found)} of {len(planned)} experiments of size {found[0]['size']}, seeds {', '.join(map(str, records.seeds))}, on "
+            f"{'; '.join(devices)}, torch {', '.join(versions)}: {hours:.1f} hours of one process, besides the training of dense "
+            f"models.{gaps}",
             f"Denoisers are adaLN-zero DiTs of {size.depth} blocks, {size.width} wide, on 256 tokens. For each seed and task a dense one "
             f"is trained for {size.base_steps:,} steps. All arms start from it and are fine-tuned for {size.steps:,} more, with the same "
             f"images, timesteps and noise in the same order: batch {size.batch}, AdamW, learning rates that fall along a cosine from "
             f"{size.base_lr:g} and {size.lr:g}. Samples take {size.sample_steps} steps of DDIM without guidance, from the same noise. A "
             "target is a saving of FLOPs: what this compression ratio would save in every block. All arms are brought to it, whatever mean "
-            "ratio that takes them.",
-            "± is the standard error over the seeds, that is, over trainings: images, held-out ones too, are the same for all of them. "
-            "Differences are taken within seeds. FLOPs and latency are shares of the dense model's; latencies are medians, in turns with "
-            "it, beside whatever else the machine did: the two uniform arms, which run the same kernels, show how far to trust them. "
+            f"ratio that takes them; the FLOPs of trained ones differ by up to {_unequal(records):.1%}.",
+            "± is the standard error over the seeds, that is, over trainings: images, held-out ones too, are the same for all of them. A "
+            "figure without it is of one seed. Differences are taken within seeds. FLOPs and latency are shares of the dense model's; "
+            "latencies are medians, in turns with it, beside whatever else the machine did: the two uniform arms, which run the same "
+            "kernels, show how far to trust them. "
             "Settings of the library and of the study's training were chosen on other seeds of these tasks by held-out losses on the "
             "same images, and for learned ratios, not for what they are compared with.",
         ]
     )
+
+
+def _unequal(records: Records) -> float:
+    """Return by what share, at most, the FLOPs of a trained arm differ from the uniform one's of its target."""
+    pairs = [(r, records.of(r["task"], REFERENCE, r["target"]).get(r["seed"])) for r in records if ARMS[r["arm"]].trained]
+    return max((abs(own["flops_share"] / other["flops_share"] - 1) for own, other in pairs if other), default=0.0)
 
 
 def write_report(path: Path, out: Path) -> None:
@@ -359,13 +414,16 @@ def write_report(path: Path, out: Path) -> None:
     parts = ["# Does it pay?", f"<!-- findings -->\n{kept[1] if kept else ''}<!-- end of findings -->", "## What was run", about(records)]
     if others := len(every) - len(list(records)):
         parts.append(f"{others} records of other settings, or of experiments run again, are left out.")
+    draw_timesteps(records).savefig(pictures / "timesteps.png", dpi=110)
     draw_overview(records).savefig(pictures / "overview.png", dpi=110)
     parts += ["## The claims, in figures", "![Held-out loss against FLOPs](pictures/overview.png)", summary_table(records)]
     parts += ["The same as a mean over timesteps of the logarithm, so that a hundredth of its loss counts alike at each of them:"]
-    parts += [log_table(records), "How far samples are from real images, against how far the dense model's are:", fid_table(records)]
+    parts += [log_table(records), "![Held-out loss over dense by timestep](pictures/timesteps.png)"]
+    parts += ["How far samples are from real images:", fid_table(records)]
     parts += [
-        "The claims one by one: in bold what is more than two standard errors from 0, with † what is so beyond 5 % of chance by Student's "
-        "t, which for three seeds takes 4.3 standard errors. Of so many differences, some get there by chance all the same."
+        "The claims one by one: in bold what differs from 0 at the 5 % level by Student's t, which takes "
+        + ", ".join(f"{needed(count):.1f} standard errors for {count} seeds" for count in range(len(records.seeds), 1, -1))
+        + "; with † what is more than two standard errors from 0 and no more than that. Of so many differences, some get there by chance."
     ]
     parts += [claims_table(records, metric) for metric in (LOSS, LOG_LOSS, FID)]
     for task in TASKS:
@@ -379,10 +437,10 @@ def write_report(path: Path, out: Path) -> None:
         draw_trade_off(records, task).savefig(pictures / f"{task}_trade_off.png", dpi=110)
         parts.append(f"![Quality against cost](pictures/{task}_trade_off.png)")
         parts.append("Arms without training are left out of the picture: they would flatten the others.")
+        draw_tables(records, task, ("layers", OURS, "regions-10")).savefig(pictures / f"{task}_tables.png", dpi=110)
+        parts.append(f"![Learned ratios](pictures/{task}_tables.png)")
         routing = draw_routing(records, task, VARIANT_TARGET)
         if routing is not None:
             routing.savefig(pictures / f"{task}_routing.png", dpi=110)
             parts.append(f"![Blocks that each token goes through](pictures/{task}_routing.png)")
-    draw_tables(records, ("layers", OURS, "regions-10")).savefig(pictures / "tables.png", dpi=110)
-    parts += ["## Learned ratios", "![Learned ratios](pictures/tables.png)"]
     results.write_text("\n\n".join(parts) + "\n", encoding="utf-8")

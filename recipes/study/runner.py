@@ -39,14 +39,14 @@ def run_all(experiments: Sequence[Experiment], place: Place, records: Path, jobs
         jobs: Processes.
     """
     place.folder.mkdir(parents=True, exist_ok=True)
+    text = records.read_text(encoding="utf-8") if records.exists() else ""
+    if text and not text.endswith("\n"):  # a run was stopped while it wrote
+        records.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
     done = {record["key"] for record in read_records(records)}
     missing = [experiment for experiment in experiments if key_of(experiment, place.size) not in done]
     console = Console()
     console.print(f"{len(experiments) - len(missing)} of {len(experiments)} experiments have a record; {len(missing)} to run.")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    text = records.read_text(encoding="utf-8") if records.exists() else ""
-    if text and not text.endswith("\n"):  # a run was stopped while it wrote
-        records.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
     failed: list[Experiment] = []
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
     with Progress(*columns, console=console) as progress, records.open("a", encoding="utf-8") as file, ExitStack() as stack:

@@ -23,7 +23,7 @@ from torch.utils.data import default_collate
 from diffcr_surgery.demo.data import CLASSES, load_splits
 from diffcr_surgery.demo.model import DiT
 
-__all__ = ["TASKS", "TIMESTEPS", "Batch", "Digits", "Photographs", "Quality", "Task", "draw", "part_timesteps", "task_named"]
+__all__ = ["PARTS", "TASKS", "TIMESTEPS", "Batch", "Digits", "Photographs", "Quality", "Task", "draw", "part_timesteps", "task_named"]
 
 TIMESTEPS = 1000
 PARTS = 20  # of the timestep range: a batch lies in one, so that whatever the arm's regions are (1, 4 or 10), it lies in one of them

@@ -62,14 +62,14 @@ def test_a_run_goes_on_where_it_was_stopped(done: Path, capsys: pytest.CaptureFi
     before = path.read_text(encoding="utf-8").splitlines()
     run_all(experiments, place, path, jobs=1)
     assert f"{len(ONLY)} of {len(ONLY)} experiments have a record; 0 to run" in capsys.readouterr().out
-    path.write_text("\n".join(before[:-1]) + "\n" + before[-1][:100], encoding="utf-8")  # killed while it wrote
-    run_all(experiments, place, path, jobs=1)
-    assert "1 to run" in capsys.readouterr().out
-    lost = json.loads(before[-1])
-    assert path.read_text(encoding="utf-8").splitlines()[:-1] == before[:-1]
-    again = records(done)[-1]
-    same = ("key", "base", "losses", "distances", "ratio")
-    assert {name: again[name] for name in same} == {name: lost[name] for name in same}
+    lost, same = json.loads(before[-1]), ("key", "base", "losses", "distances", "ratio")
+    for written in (100, len(before[-1])):  # killed while it wrote the last line
+        path.write_text("\n".join(before[:-1]) + "\n" + before[-1][:written], encoding="utf-8")
+        run_all(experiments, place, path, jobs=1)
+        assert "1 to run" in capsys.readouterr().out
+        assert path.read_text(encoding="utf-8").splitlines()[:-1] == before[:-1]
+        again = records(done)[-1]
+        assert {name: again[name] for name in same} == {name: lost[name] for name in same}
 
 
 @pytest.mark.gpu
@@ -87,5 +87,9 @@ def test_it_shows_what_there_is(tmp_path: Path) -> None:
 
 def test_the_report_of_a_run(done: Path) -> None:
     run_recipe(FOLDER, "report", str(done / "records.jsonl"), "--out", str(done / "report"), folder=done)
-    text = (done / "report" / "RESULTS.md").read_text(encoding="utf-8")
-    assert "experiments of size smoke, seeds 3" in text and "### Target 0.3" in text and "uniform (Mixture-of-Depths)" in text
+    text, planned = (done / "report" / "RESULTS.md").read_text(encoding="utf-8"), len(chosen(["*"], [3]))
+    assert (
+        f"{len(ONLY)} of {planned} experiments of size smoke, seeds 3" in text
+        and "### Target 0.3" in text
+        and "uniform (Mixture-of-Depths)" in text
+    )
